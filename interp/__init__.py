@@ -1,0 +1,1 @@
+"""A mechanistic interpretability workbench for the vision tower of CLIP models."""

@@ -1,0 +1,30 @@
+"""The one exception a user's mistake becomes, and how a command prints it."""
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message names the flag, the value and the way out."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`", did you mean 'clip'?"` for the closest of the known names, or the list of all of them.
+
+    >>> nearest("clp", ["clip", "superclip"])
+    "did you mean 'clip'? (known: clip, superclip)"
+    """
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    listed = ", ".join(names) if len(names) <= 12 else ", ".join(names[:12]) + ", ..."
+    return (f"did you mean {close[0]!r}? " if close else "") + f"(known: {listed})"
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run a command; a `UserError` becomes one line on stderr and exit status 2, no traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
