@@ -67,12 +67,16 @@ class Source(Protocol):
         keys: the public id of every row.
     """
 
-    name: str
-    digest: str
-    num_images: int
-    num_captions: int
-    shard_sizes: tuple[int, ...]
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def num_images(self) -> int: ...
+    @property
+    def num_captions(self) -> int: ...
+    @property
+    def shard_sizes(self) -> tuple[int, ...]: ...
     @property
     def keys(self) -> list[str]: ...
 

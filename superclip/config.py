@@ -1,0 +1,357 @@
+"""What a run is: frozen dataclasses, checked when they are built. No torch here.
+
+A field's docstring is its `--help`. `Free` fields change neither weights nor metrics, so a run may
+be resumed with other values of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from superclip.errors import UserError, nearest
+
+Precision = Literal["auto", "fp32", "amp", "amp_bf16"]
+
+
+def free(default: Any) -> Any:
+    """A field that may differ between a run and its continuation."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """Options of `--loss clip`: none."""
+
+
+@dataclass(frozen=True)
+class SuperClipOptions:
+    """Options of `--loss superclip` (Zhao et al., NeurIPS 2025)."""
+
+    token_loss: Literal["idf", "bce"] = "idf"
+    """idf: softmax cross-entropy on IDF-weighted soft labels (the paper). bce: multi-hot binary
+    cross-entropy."""
+    token_weight: float = 1.0
+    """Weight of the token term beside the contrastive term."""
+    head_input: Literal["patches", "pooled"] = "patches"
+    """patches: mean of the patch tokens after the final LayerNorm, LayerNorm, Linear (the paper).
+    pooled: the projected image feature, one Linear."""
+    head_vocab: Literal["full", "seen"] = "full"
+    """full: the tokenizer's whole vocabulary. seen: only tokens that occur in the training
+    captions; the rest are never positive, and on small closed vocabularies they cost a third of the
+    step."""
+    keep_special_tokens: bool = False
+    """Supervise start, end and padding ids too, as the published runs did."""
+
+    def __post_init__(self) -> None:
+        if not self.token_weight > 0:
+            raise UserError(
+                f"--token-weight {self.token_weight} must be above 0; without it use --loss clip"
+            )
+
+
+LossOptions = ClipOptions | SuperClipOptions
+LOSS_OPTIONS: dict[str, type[LossOptions]] = {"clip": ClipOptions, "superclip": SuperClipOptions}
+
+Options = TypeVar("Options", bound=LossOptions)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = "scenes-vit"
+    """An open_clip model name, one of superclip/model_configs (scenes-vit, small-vit), or a JSON
+    file."""
+    pretrained: str | None = None
+    """An open_clip tag (openai, laion2b_s34b_b79k, ...) or a local file of open_clip weights."""
+    init_scale: float = 1 / 0.07
+    """Initial scale of the logits (1 / temperature); ignored with --pretrained."""
+    grad_checkpointing: bool = free(False)
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.init_scale <= 100:
+            raise UserError(f"--init-scale {self.init_scale} must lie in (0, 100]")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_data: str = "scenes"
+    """scenes (generated), tar shards ('shards/train-{000000..000003}.tar'), or
+    coco:FOLDER[:SPLIT]."""
+    val_data: str | None = None
+    """Held-out data, spelled like --train-data. Default: scenes' val split, or the val shards of
+    the manifest beside the training shards."""
+    train_num_samples: int | None = None
+    """Pictures per epoch (the first N of the data). Default: all; 115 200 fresh scenes."""
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    """How pictures become squares: shortest side and centre crop, squashed, or longest side and
+    padding."""
+    aug_scale: tuple[float, float] | None = None
+    """Area range of the random training crop. Default 0.9 1.0 (open_clip's), none on scenes or with
+    squash/pad."""
+    workers: int = free(0)
+    """Reader processes per rank; 0 reads in the training process."""
+    data_seed: int = 0
+    """Seed of the generated scenes."""
+
+    def __post_init__(self) -> None:
+        if self.train_num_samples is not None and self.train_num_samples < 1:
+            raise UserError(f"--train-num-samples {self.train_num_samples} must be at least 1")
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers} must not be negative")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--aug-scale {low} {high} must satisfy 0 < low <= high <= 1")
+
+    @property
+    def crop_scale(self) -> tuple[float, float]:
+        """Area range of the random crop; (1, 1) means no crop is drawn."""
+        if self.aug_scale is not None:
+            return self.aug_scale
+        plain = self.train_data.startswith("scenes") or self.resize != "crop"
+        return (1.0, 1.0) if plain else (0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    epochs: int | None = None
+    """Passes over the data. Default: 1 on scenes, 20 elsewhere."""
+    batch_size: int = 64
+    """Pairs per process and micro-step, as in open_clip."""
+    accum_freq: int = 1
+    """Micro-steps per optimizer step; the contrastive loss still sees all of them at once."""
+    lr: float | None = None
+    """Peak learning rate. Default: 5e-4 from scratch, 5e-5 from pretrained weights. Tune it per
+    loss."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    wd: float = 0.1
+    """Decoupled weight decay; never on norms, biases, other 1-D parameters or the logit scale."""
+    warmup: int = 50
+    """Steps of linear warm-up before the cosine decay to 0."""
+    grad_clip_norm: float | None = 1.0
+    """Largest gradient norm, of the two towers and of the token head each by itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accum_freq"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1"
+                )
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"--epochs {self.epochs} must be at least 1")
+        if self.lr is not None and not self.lr > 0:
+            raise UserError(f"--lr {self.lr} must be above 0")
+        if self.warmup < 0:
+            raise UserError(f"--warmup {self.warmup} must not be negative")
+        if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
+            raise UserError(f"--grad-clip-norm {self.grad_clip_norm} must be above 0, or None")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Generic[Options]):
+    """Everything that decides a run."""
+
+    options: Options
+    loss: str = "superclip"
+    """clip, superclip: see --loss NAME --help for its options."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    """Seed of initialisation, order and draws."""
+    precision: Precision = "auto"
+    """auto takes amp_bf16 where the hardware has it, else fp32. amp is fp16 with loss scaling."""
+    threads: int | None = free(None)
+    """CPU threads per process; results are bit-equal only for equal threads."""
+    out: Path = free(Path("logs"))
+    """Folder of this one run. The same command again resumes it."""
+    overwrite: bool = free(False)
+    """Delete the run that stands in --out and start anew."""
+    log_every: int = free(50)
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int | None = free(None)
+    """Steps between checkpoints, beside the one at the end of every epoch."""
+    save_frequency: int = free(1)
+    """Epochs between checkpoints (open_clip's name)."""
+    report_to: Literal["none", "tensorboard", "wandb"] = free("none")
+    """Mirror metrics.jsonl to a tracker (pip install '.[track]')."""
+
+    def __post_init__(self) -> None:
+        expected = LOSS_OPTIONS.get(self.loss)
+        if expected is None:
+            raise UserError(f"--loss {self.loss!r} is unknown; {nearest(self.loss, LOSS_OPTIONS)}")
+        if not isinstance(self.options, expected):
+            raise UserError(
+                f"--loss {self.loss} takes {expected.__name__}, not {type(self.options).__name__}"
+            )
+        for name in ("log_every", "save_frequency"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.save_every is not None and self.save_every < 1:
+            raise UserError(f"--save-every {self.save_every} must be at least 1")
+
+    @property
+    def epochs(self) -> int:
+        scenes = self.data.train_data.startswith("scenes")
+        return self.optim.epochs or (1 if scenes else 20)
+
+    @property
+    def lr(self) -> float:
+        return self.optim.lr or (5e-4 if self.model.pretrained is None else 5e-5)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `superclip.evaluate` measures."""
+
+    ckpt: Path | None = None
+    """A checkpoint. Default: the newest under logs/ (numeric order)."""
+    val_data: str | None = None
+    """Data to evaluate on, spelled like --train-data. Default: the checkpoint's held-out data."""
+    split: Literal["val", "train"] = "val"
+    """train evaluates on the training data itself, as a check of convergence."""
+    protocol: Literal["all-captions", "first-caption"] = "all-captions"
+    """all-captions: any of a picture's captions counts, both directions. first-caption: one caption
+    a picture, image to text only (the protocol of small fine-tuning studies)."""
+    num: int | None = None
+    """Pictures to use. Default: all; 2 000 on scenes."""
+    pool: int | None = None
+    """Candidates per retrieval pool. Default: all pictures; 500 on scenes."""
+    batch_size: int = 64
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    bootstrap: int = 2000
+    """Draws of the bootstrap over pictures."""
+    out: Path | None = None
+    """JSON file. Default: eval_SPLIT.json beside the checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("num", "pool", "batch_size", "bootstrap"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values only (paths as text), ready for JSON and for a `weights_only` checkpoint."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+def train_config(values: Mapping[str, Any], origin: str = "config") -> TrainConfig[Any]:
+    """Build a checked `TrainConfig` from nested or flat keys (`lr` or `optim.lr`).
+
+    Raises:
+        UserError: for an unknown key, an option of another loss, or a value out of range; names
+            `origin`.
+    """
+    loss = values.get("loss", "superclip")
+    if loss not in LOSS_OPTIONS:
+        raise UserError(f"{origin}: loss {loss!r} is unknown; {nearest(str(loss), LOSS_OPTIONS)}")
+    return _build(TrainConfig, _nest(values, loss, origin), {"options": LOSS_OPTIONS[loss]})
+
+
+def _sections(loss: str) -> dict[str, type]:
+    return {
+        "options": LOSS_OPTIONS[loss],
+        "model": ModelConfig,
+        "data": DataConfig,
+        "optim": OptimConfig,
+    }
+
+
+def owner_of_keys(loss: str) -> dict[str, str | None]:
+    """Flat option name -> its section of `TrainConfig` (None at the top)."""
+    sections = _sections(loss)
+    owners: dict[str, str | None] = {
+        f.name: None for f in dataclasses.fields(TrainConfig) if f.name not in sections
+    }
+    for section, cls in sections.items():
+        owners |= {f.name: section for f in dataclasses.fields(cls)}
+    return owners
+
+
+def _nest(values: Mapping[str, Any], loss: str, origin: str) -> dict[str, Any]:
+    sections, owners = _sections(loss), owner_of_keys(loss)
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in sections and isinstance(value, Mapping):
+            nested.setdefault(key, {}).update(value)
+            continue
+        name = key.replace("-", "_")
+        if name not in owners:
+            raise UserError(
+                f"{origin}: unknown option {key!r} for --loss {loss}; {nearest(name, owners)}"
+            )
+        section = owners[name]
+        (nested if section is None else nested.setdefault(section, {}))[name] = value
+    return nested
+
+
+def _build(cls: type, values: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"unknown option {name!r}; {nearest(name, known)}")
+        kind = classes.get(name, hints[name])
+        arguments[name] = (
+            _build(kind, value, {}) if dataclasses.is_dataclass(kind) else _cast(kind, value)
+        )
+    if cls is TrainConfig:
+        arguments.setdefault("options", classes["options"]())
+    return cls(**arguments)
+
+
+def _cast(kind: Any, value: Any) -> Any:
+    """Give a TOML or JSON value the type its field declares; refuse what does not fit."""
+    if value is None or kind is Any:
+        return value
+    if isinstance(kind, types.UnionType):
+        return _cast(next(k for k in typing.get_args(kind) if k is not type(None)), value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_cast(k, v) for k, v in zip(typing.get_args(kind), value))
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(f"{value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{value!r} is not a {kind.__name__}")
+    return value
+
+
+def differences(old: TrainConfig[Any], new: TrainConfig[Any]) -> list[str]:
+    """Options that decide the result and differ, as `name: old -> new`."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any) -> None:
+        for f in dataclasses.fields(a):
+            if f.metadata.get("free"):
+                continue
+            x, y = getattr(a, f.name), getattr(b, f.name)
+            if dataclasses.is_dataclass(x) and type(x) is type(y):
+                walk(x, y)
+            elif x != y and not dataclasses.is_dataclass(x):
+                found.append(f"{f.name}: {x} -> {y}")
+
+    walk(old, new)
+    return found

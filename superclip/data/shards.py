@@ -1,0 +1,515 @@
+"""WebDataset tar shards, read at random through an index.
+
+A shard is a plain tar with a picture and its facts per sample: `KEY.jpg` and `KEY.json` as `write_shards`
+writes them, or `KEY.txt` (and `KEY.json`) as img2dataset and open_clip's users do. Beside `NAME.tar` lies
+`NAME.idx`: where every sample's bytes are, built on first use where it is missing or belongs to other bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from superclip.data.batch import Boxes, Record
+from superclip.data.coco import HELD_OUT
+from superclip.data.geometry import BadPicture, picture_size
+from superclip.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PICTURE_PARTS = ("jpg", "jpeg", "png", "webp")
+ENDS = 1 << 16
+"""Bytes at either end of a tar that its fingerprint covers."""
+MAX_OPEN = 64
+"""File descriptors that one reader keeps open."""
+
+_MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
+_BLOCK = 512
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of one tar lie.
+
+    Attributes:
+        fingerprint: of the tar this index belongs to.
+        keys: str `[n]`.
+        picture, facts, text: int64 `[n, 2]` offset and length in the tar of the picture, `KEY.json` and
+            `KEY.txt`; length 0 where there is none.
+        captions: int64 `[n]`, captions of every sample.
+        size: int64 `[n, 2]`, width and height; 0 where only the picture itself knows.
+        uncaptioned: samples left out because they have no caption, 0-d.
+    """
+
+    fingerprint: np.ndarray
+    keys: np.ndarray
+    picture: np.ndarray
+    facts: np.ndarray
+    text: np.ndarray
+    captions: np.ndarray
+    size: np.ndarray
+    uncaptioned: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write atomically: another process sees the whole index or none."""
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            np.savez(file, **vars(self), allow_pickle=False)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+
+    @staticmethod
+    def load(path: Path) -> ShardIndex:
+        with np.load(path, allow_pickle=False) as held:
+            return ShardIndex(**{f.name: held[f.name] for f in fields(ShardIndex)})
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a sample says about its picture; size (0, 0) where it does not say."""
+
+    captions: tuple[str, ...]
+    size: tuple[int, int] = (0, 0)
+    boxes: Boxes = Boxes.none()
+    clutter: Boxes = Boxes.none()
+
+
+class Shards:
+    """Tar shards as one `Source`; rows run over the shards in the order given.
+
+    Args:
+        pattern: paths with braces (`train-{000000..000003}.tar`), globs, or a comma list of them.
+
+    Attributes:
+        attrition: samples left out, by cause.
+
+    Raises:
+        UserError: if a shard is missing, empty, compressed or cut, a sample has no picture or broken
+            facts, or a key occurs twice.
+    """
+
+    def __init__(self, pattern: str):
+        self._open: dict[int, int] = {}
+        self._paths = expand(pattern)
+        self._indices = [open_index(path) for path in self._paths]
+        self.name = ",".join(Path(part).name for part in _comma_list(pattern))
+        self.shard_sizes = tuple(len(index.keys) for index in self._indices)
+        self._starts = np.cumsum([0, *self.shard_sizes])
+        captions = np.concatenate([index.captions for index in self._indices])
+        self._first_caption = np.concatenate([[0], np.cumsum(captions)])
+        self.num_images, self.num_captions = len(captions), int(captions.sum())
+        self.attrition = {}
+        if uncaptioned := sum(int(index.uncaptioned) for index in self._indices):
+            self.attrition["samples without caption"] = uncaptioned
+        _refuse_twins(self.keys, pattern)
+        content = hashlib.sha256()
+        for index in self._indices:
+            for column in (index.fingerprint, index.keys, index.picture, index.captions):
+                content.update(column.tobytes())
+        self.digest = content.hexdigest()
+
+    @property
+    def keys(self) -> list[str]:
+        return np.concatenate([index.keys for index in self._indices]).tolist()
+
+    def read(self, row: int) -> Record:
+        """One sample: one positioned read for its facts, one for its picture.
+
+        Raises:
+            BadPicture: if the size is not among the facts and the picture's header is unreadable.
+            UserError: if the shard has changed since it was opened.
+        """
+        if not 0 <= row < self.num_images:
+            raise IndexError(f"row {row} of {self.num_images}")
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        index, local = self._indices[shard], row - int(self._starts[shard])
+        document, text, picture = (
+            self._bytes(shard, *column[local].tolist())
+            for column in (index.facts, index.text, index.picture)
+        )
+        key = str(index.keys[local])
+        where = f"{self._paths[shard]}: {key}"
+        facts = _parse(document, text, where)
+        try:
+            width, height = (
+                index.size[local].tolist() if index.size[local].any() else picture_size(picture)
+            )
+        except BadPicture as error:
+            raise BadPicture(f"{where}: {error}") from error.__cause__
+        first = int(self._first_caption[row])
+        return Record(
+            row=row,
+            key=key,
+            width=width,
+            height=height,
+            picture=picture,
+            captions=facts.captions,
+            caption_rows=tuple(range(first, first + len(facts.captions))),
+            boxes=facts.boxes,
+            clutter=facts.clutter,
+        )
+
+    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
+        if not length:
+            return b""
+        data = os.pread(self._descriptor(shard), length, offset)
+        if len(data) != length:
+            raise UserError(f"{self._paths[shard]} has changed since it was opened; start again")
+        return data
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) >= MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[shard] = os.open(self._paths[shard], os.O_RDONLY)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+def expand(pattern: str) -> list[Path]:
+    """The shards that a pattern names, all of them present.
+
+    Raises:
+        UserError: naming the first missing shard, the part that matches nothing, or a stream.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    paths: list[Path] = []
+    for part in _comma_list(pattern):
+        if re.match(r"pipe:|\w+://", part):
+            raise UserError(
+                f"{part!r} is a stream; shards are read at random, so download them first and name "
+                "the local tar files"
+            )
+        try:
+            names = list(braceexpand(os.path.expanduser(part)))
+        except UnbalancedBracesError:
+            raise UserError(
+                f"{part!r} has unbalanced braces; write 'NAME-{{000..003}}.tar'"
+            ) from None
+        for name in names:
+            paths += sorted(map(Path, glob.glob(name))) if glob.has_magic(name) else [Path(name)]
+    if not paths:
+        raise UserError(
+            f"{pattern!r} matches no file; pack shards first (superclip.pack) or mend it"
+        )
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} shards of {pattern!r} are missing (first: {missing[0]}); "
+            "mend the pattern or pack them again"
+        )
+    return paths
+
+
+def held_out_pattern(pattern: str) -> str:
+    """The held-out shards that were packed together with training shards.
+
+    Raises:
+        UserError: if no manifest lies beside them, or it lists no held-out split.
+    """
+    paths = expand(pattern)
+    path = paths[0].parent / MANIFEST
+    ask = "name held-out data with --val-data"
+    if not path.is_file():
+        raise UserError(f"{path} is missing, so the held-out shards are unknown; {ask}")
+    splits = {shard["name"]: shard["split"] for shard in read_manifest(path)["shards"]}
+    mine = {splits.get(p.name) for p in paths}
+    others = [split for split in HELD_OUT if split in splits.values() and split not in mine]
+    if not others:
+        raise UserError(f"{path} lists no held-out split beside {pattern!r}; {ask}")
+    return str(path.parent / f"{others[0]}-*.tar")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a packed set.
+
+    Raises:
+        UserError: if it is damaged or of another schema.
+    """
+    try:
+        manifest = json.loads(path.read_bytes())
+        schema, _ = manifest["schema"], manifest["shards"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is not a manifest of shards ({error!r}); pack them again"
+        ) from None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}; pack them again")
+    return manifest
+
+
+def open_index(path: Path) -> ShardIndex:
+    """The index of a shard: the one beside it if it belongs to these bytes, else built (and kept).
+
+    Raises:
+        UserError: if the tar is empty, compressed or cut, or a sample in it is broken.
+    """
+    beside, mark = path.with_suffix(".idx"), fingerprint(path)
+    try:
+        index = ShardIndex.load(beside)
+        if str(index.fingerprint) == mark:
+            return index
+        log.warning("%s belongs to other bytes than %s: built again", beside, path.name)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s is damaged (%s): built again", beside, error)
+    index = scan(path)
+    try:
+        index.save(beside)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): kept in memory", beside, error.strerror)
+    return index
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 over a file's length and its two ends: cheap, and another one for any other tar."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(ENDS)
+        file.seek(max(0, size - ENDS))
+        return hashlib.sha256(b"%d:" % size + head + file.read()).hexdigest()
+
+
+def scan(path: Path) -> ShardIndex:
+    """Build the index of a tar from its headers and its samples' facts.
+
+    Raises:
+        UserError: if the tar is empty, compressed or cut, or a sample in it is broken.
+    """
+    samples = _members(path)
+    columns: dict[str, list[Any]] = {f.name: [] for f in fields(ShardIndex)}
+    with path.open("rb") as file:
+
+        def part(span: tuple[int, int]) -> bytes:
+            file.seek(span[0])
+            return file.read(span[1])
+
+        for key, parts in samples.items():
+            picture = next((parts[e] for e in PICTURE_PARTS if e in parts), None)
+            if picture is None:
+                held = ", ".join(parts)
+                raise UserError(
+                    f"{path}: sample {key!r} has no picture (it holds {held}); pack again"
+                )
+            document, text = parts.get("json", (0, 0)), parts.get("txt", (0, 0))
+            facts = _parse(part(document), part(text), f"{path}: {key}")
+            if facts.captions:
+                row = (key, picture, document, text, len(facts.captions), facts.size)
+                for name, value in zip(
+                    ("keys", "picture", "facts", "text", "captions", "size"), row
+                ):
+                    columns[name].append(value)
+    keys = columns.pop("keys")
+    if not keys:
+        what = (
+            "has no sample with a caption (KEY.json or KEY.txt)" if samples else "holds no sample"
+        )
+        raise UserError(f"{path} {what}; leave it out or pack again")
+    arrays = {name: np.array(column, np.int64) for name, column in columns.items() if column}
+    uncaptioned = np.array(len(samples) - len(keys))
+    mark = np.array(fingerprint(path))
+    return ShardIndex(
+        **arrays | {"fingerprint": mark, "keys": np.array(keys), "uncaptioned": uncaptioned}
+    )
+
+
+def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> extension -> (offset, length), in the order of the tar."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    way_out = "fetch or pack it again (a compressed tar must be unpacked first)"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                if not (member.isfile() and stem and extension):
+                    continue
+                parts = samples.setdefault(folder + slash + stem, {})
+                if extension.lower() in parts:
+                    raise UserError(f"{path}: {member.name!r} occurs twice; keys must be unique")
+                parts[extension.lower()] = member.offset_data, member.size
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is empty, cut, or no plain tar ({error}); {way_out}") from None
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a cut or broken header for the end
+            raise UserError(f"{path} is cut or broken after {end} bytes; {way_out}")
+    return samples
+
+
+def _parse(document: bytes, text: bytes, where: str) -> _Facts:
+    """Facts of a sample from its `KEY.json` and `KEY.txt`, empty where there is none."""
+    try:
+        held = json.loads(document) if document else {}
+        plain = text.decode()
+        if not isinstance(held, dict):
+            raise ValueError("KEY.json is no object")
+        if "captions" in held:
+            if held.get("schema") != SCHEMA:
+                raise ValueError(f"schema {held.get('schema')!r}, this version reads {SCHEMA}")
+            size = int(held["width"]), int(held["height"])
+            boxes, clutter = (_read_boxes(held.get(name)) for name in ("boxes", "clutter"))
+            return _Facts(tuple(map(str, held["captions"])), size, boxes, clutter)
+        caption = plain or str(held.get("caption") or "")
+        return _Facts((caption,) if caption.strip() else ())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: broken facts ({error}); pack this shard again") from None
+
+
+def _read_boxes(held: dict[str, Any] | None) -> Boxes:
+    if not held:
+        return Boxes.none()
+    xywh = np.array(held["xywh"], np.float32).reshape(-1, 4)
+    boxes = Boxes(xywh, tuple(held["categories"]), np.array(held["iscrowd"], bool))
+    if not len(xywh) == len(boxes.categories) == len(boxes.crowd):
+        raise ValueError("boxes, categories and iscrowd differ in number")
+    return boxes
+
+
+def _written_boxes(boxes: Boxes) -> dict[str, Any]:
+    """Boxes as plain values; the shortest decimals that read back as the same float32."""
+    return {
+        "xywh": [[float(str(v)) for v in box] for box in boxes.xywh],
+        "categories": list(boxes.categories),
+        "iscrowd": boxes.crowd.astype(int).tolist(),
+    }
+
+
+def write_shards(
+    records: Iterable[Record],
+    out: Path,
+    split: str,
+    per_shard: int = 1000,
+    caption_ids: Sequence[int | str] | None = None,
+) -> list[dict[str, Any]]:
+    """Write `SPLIT-000000.tar`, ... with an index beside each; equal records give equal bytes.
+
+    Args:
+        records: in the order they are to be read back.
+        caption_ids: the public id of every caption row; made from the key where absent.
+
+    Returns:
+        One manifest entry a shard.
+
+    Raises:
+        UserError: if a picture is of another size than its record says, or a key has a dot.
+    """
+    from webdataset import TarWriter
+
+    entries = []
+    for number, group in itertools.groupby(enumerate(records), lambda pair: pair[0] // per_shard):
+        path, images = out / f"{split}-{number:06d}.tar", []
+        with path.open("wb") as file:
+            options: dict[str, Any] = {"user": "superclip", "group": "superclip", "mtime": 0}
+            with TarWriter(file, encoder=False, compress=False, **options) as tar:
+                for _, record in group:
+                    ids = [
+                        caption_ids[row] if caption_ids is not None else f"{record.key}:{place}"
+                        for place, row in enumerate(record.caption_rows)
+                    ]
+                    tar.write(_sample(record, ids))
+                    images.append({"key": record.key, "caption_ids": ids})
+        index = scan(path)
+        index.save(path.with_suffix(".idx"))
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        entries.append(
+            {
+                "name": path.name,
+                "split": split,
+                "pictures": len(index.keys),
+                "captions": int(index.captions.sum()),
+                "sha256": content,
+                "images": images,
+            }
+        )
+    return entries
+
+
+def write_manifest(entries: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write `manifest.json` of a packed set.
+
+    Raises:
+        UserError: if a picture is in it twice.
+    """
+    _refuse_twins([image["key"] for shard in entries for image in shard["images"]], str(out))
+    (out / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "shards": list(entries)}))
+
+
+def _sample(record: Record, caption_ids: Sequence[int | str]) -> dict[str, Any]:
+    """A record as the parts of a WebDataset sample."""
+    if re.search(r"[./\s]", record.key):
+        raise UserError(
+            f"picture id {record.key!r} has a dot, slash or blank; rename it to pack it"
+        )
+    picture = record.picture
+    if isinstance(picture, np.ndarray):
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        picture = buffer.getvalue()
+    extension = next((e for magic, e in _MAGIC.items() if picture.startswith(magic)), None)
+    if extension is None:
+        raise UserError(
+            f"picture {record.key} is neither JPEG, PNG nor WebP; convert it to pack it"
+        )
+    try:
+        size = picture_size(picture)
+    except BadPicture as error:
+        raise UserError(f"picture {record.key}: {error}; fetch it again") from None
+    if size != (record.width, record.height):
+        raise UserError(
+            f"picture {record.key} is {size[0]}x{size[1]} pixels, its annotations say "
+            f"{record.width}x{record.height}; its boxes would not fit"
+        )
+    facts = {
+        "schema": SCHEMA,
+        "image_id": record.key,
+        "width": record.width,
+        "height": record.height,
+        "captions": list(record.captions),
+        "caption_ids": list(caption_ids),
+        "boxes": _written_boxes(record.boxes),
+    }
+    if len(record.clutter.xywh):
+        facts["clutter"] = _written_boxes(record.clutter)
+    return {"__key__": record.key, extension: picture, "json": json.dumps(facts).encode()}
+
+
+def _refuse_twins(keys: Sequence[str], where: str) -> None:
+    if len(set(keys)) < len(keys):
+        seen: set[str] = set()
+        twin = next(key for key in keys if key in seen or seen.add(key))
+        raise UserError(
+            f"{where}: picture {twin!r} occurs twice; name every shard and picture once"
+        )
+
+
+def _comma_list(pattern: str) -> list[str]:
+    """The parts of a comma list; commas inside braces belong to the braces."""
+    return [part for part in re.split(r",(?![^{]*\})", pattern) if part]

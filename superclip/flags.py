@@ -1,0 +1,175 @@
+"""argv (+ `--config FILE`, + `--recipe NAME`) -> config. The only file that knows flags exist."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from superclip.config import LOSS_OPTIONS, TrainConfig, owner_of_keys, train_config
+from superclip.errors import UserError, nearest
+
+T = TypeVar("T")
+
+TRAIN_HELP = """Train a CLIP-family model. With no flags: SuperCLIP on generated scenes, into logs/.
+
+Precedence: defaults < --recipe NAME < --config FILE (TOML, or a run.json) < flags.
+Recipes: {recipes}. Losses: {losses} (--loss NAME --help shows its options).
+"""
+
+
+def parse(
+    cls: Any,
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    default: Any = None,
+    known: Sequence[str] = (),
+) -> Any:
+    """`tyro.cli` with flat flag names; a mistake becomes a one-line `UserError` with the nearest
+    flag.
+
+    Args:
+        cls: the dataclass to build.
+        default: an instance that supplies the defaults.
+        known: flag names for the "did you mean" line; taken from the dataclass where empty.
+    """
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                cls,
+                prog=prog,
+                description=description,
+                args=list(argv),
+                default=default,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(captured.getvalue(), known or _names(cls))) from None
+
+
+def _names(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _one_line(text: str, known: Sequence[str]) -> str:
+    """The first sentence of tyro's box, with the nearest known flag where one is unknown."""
+    lines = [re.sub(r"[─-╿]", " ", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    body = [
+        line
+        for line in lines
+        if not re.match(r"(Parsing error|Unrecognized options?|Invalid choice)$", line)
+    ]
+    message = " ".join(body[:2]) if body else "the flags could not be read; see --help"
+    unknown = re.search(
+        r"(?:nrecognized\D*?options?|nrecognized arguments)\W+(--[\w-]+)", " ".join(lines)
+    )
+    if unknown:
+        name = unknown[1].removeprefix("--").replace("-", "_")
+        hint = nearest(name, known).replace("_", "-") if known else "see --help"
+        return f"unknown option {unknown[1]}; {hint}"
+    message = re.sub(
+        r"^(Value error|Missing argument|Parsing error|Invalid choice) +(?=[A-Z])", "", message
+    )
+    return re.sub(r"\s+", " ", re.sub(r"^Error parsing \w+: (?=--)", "", message))
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    folder = resources.files("superclip") / "recipes"
+    return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if str(f).endswith(".toml")}
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Options of a TOML file or of a run's own `run.json`.
+
+    Raises:
+        UserError: if the file is missing, malformed or of another kind.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    try:
+        if path.suffix == ".json":
+            import json
+
+            values = json.loads(text)
+            return dict(values.get("config", values))
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise UserError(f"--config {path} is neither TOML nor a run.json: {error}") from None
+
+
+def _peek(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `flag` and the remaining arguments."""
+    rest, value, items = [], None, iter(argv)
+    for item in items:
+        if item == flag:
+            value = next(items, None)
+            if value is None:
+                raise UserError(f"{flag} needs a value")
+        elif item.startswith(flag + "="):
+            value = item.split("=", 1)[1]
+        else:
+            rest.append(item)
+    return value, rest
+
+
+def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
+    """Two passes: `--recipe`, `--config` and `--loss` fix the class and its defaults, then tyro
+    reads the rest."""
+    recipe, argv = _peek(argv, "--recipe")
+    config, argv = _peek(argv, "--config")
+    loss, argv = _peek(argv, "--loss")
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        known = recipes()
+        if recipe not in known:
+            raise UserError(f"--recipe {recipe!r} is unknown; {nearest(recipe, known)}")
+        values |= read_config_file(known[recipe])
+    if config is not None:
+        values |= read_config_file(Path(config))
+    if loss is not None:
+        if loss not in LOSS_OPTIONS:
+            raise UserError(f"--loss {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
+        if loss != values.get("loss", loss):
+            values.pop("options", None)
+        values["loss"] = loss
+    default = train_config(values, f"--config {config}" if config else f"--recipe {recipe}")
+    cls = TrainConfig[LOSS_OPTIONS[default.loss]]
+    _refuse_other_losses(argv, default.loss)
+    description = TRAIN_HELP.format(
+        recipes=", ".join(sorted(recipes())) or "none", losses=", ".join(LOSS_OPTIONS)
+    )
+    names = [*owner_of_keys(default.loss), "recipe", "config"]
+    return parse(cls, argv, "python -m superclip.train", description, default, names)
+
+
+def _refuse_other_losses(argv: Sequence[str], loss: str) -> None:
+    mine = owner_of_keys(loss)
+    for other in LOSS_OPTIONS:
+        for item in argv:
+            name = item.split("=")[0].removeprefix("--").replace("-", "_")
+            if item.startswith("--") and name in owner_of_keys(other) and name not in mine:
+                raise UserError(
+                    f"{item.split('=')[0]} belongs to --loss {other}; this run is --loss {loss}"
+                )
+
+
+def command_line() -> list[str]:
+    """The command as typed, for the log."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,0 +1,60 @@
+"""The contract of a loss. The training loop never asks which one it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from superclip.data.batch import Batch
+from superclip.model.output import ClipOutput
+from superclip.ops.world import World
+
+Terms = dict[str, Tensor]
+"""Weighted, differentiable parts of the objective, each a mean over this rank's rows; total = their
+sum."""
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a loss may know of the run it is built for.
+
+    Attributes:
+        vocabulary: size of the tokenizer's vocabulary.
+        special_ids: padding, start and end ids.
+        vocab_ids: the ids behind the token head's columns, or None for all of them.
+    """
+
+    vocabulary: int
+    special_ids: tuple[int, ...]
+    vocab_ids: Int[Tensor, " v"] | None = None
+
+
+class Loss(nn.Module, ABC):
+    """Abstract, or final: nothing overrides half of another loss. State that must survive a restart
+    is a buffer."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What the model and the data must supply ("token_logits"); checked when the run is built."""
+
+    def observe(self, batch: Batch, world: World) -> None:
+        """Called once an optimizer step, first, with all of this rank's rows."""
+
+    @abstractmethod
+    def pair_terms(
+        self,
+        image_features: Float[Tensor, "b d"],
+        text_features: Float[Tensor, "b d"],
+        scale: Float[Tensor, ""],
+        batch: Batch,
+        world: World,
+    ) -> Terms:
+        """Terms that couple samples; once a step, on all micro-batches' features. Tables change
+        only here."""
+
+    def row_terms(self, out: ClipOutput, batch: Batch) -> Terms:
+        """Terms that are means over rows; once per micro-batch."""
+        return {}

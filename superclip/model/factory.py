@@ -1,0 +1,169 @@
+"""From a model name, JSON file or saved config to an open_clip model; nothing is registered,
+nothing patched."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from torch import nn
+
+from superclip.data.loader import Preprocess
+from superclip.errors import UserError, nearest
+
+
+def own_configs() -> dict[str, Path]:
+    """The model files of this package by name."""
+    folder = Path(str(resources.files("superclip") / "model_configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's model configuration for a name of ours, a JSON file, or a name of open_clip's.
+
+    Raises:
+        UserError: if there is no such model, or the file is no model configuration.
+    """
+    own = own_configs()
+    path = own.get(name, Path(name))
+    if name in own or path.suffix == ".json":
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {name}: {error}") from None
+    else:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise UserError(
+                f"--model {name!r} is unknown; {nearest(name, [*own, *open_clip.list_models()])}"
+            )
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+    if missing:
+        raise UserError(f"--model {name}: the configuration lacks {', '.join(sorted(missing))}")
+    if "multimodal_cfg" in config:
+        raise UserError(
+            f"--model {name}: captioning models (CoCa) are not supported; choose a CLIP model"
+        )
+    return deepcopy(config)
+
+
+def build_clip(config: dict[str, Any], seed: int = 0, init_scale: float | None = None) -> Any:
+    """A randomly initialised open_clip model; equal seeds give equal weights, whatever was drawn
+    before.
+
+    Raises:
+        UserError: if open_clip refuses the configuration.
+    """
+    config = deepcopy(config)
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    if init_scale is not None:
+        config["init_logit_scale"] = float(torch.tensor(init_scale, dtype=torch.float64).log())
+    if config.get("init_logit_bias") is not None:
+        raise UserError("models with a logit bias (SigLIP) are not supported by the losses here")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return (CustomTextCLIP if custom else CLIP)(**config, output_dict=True)
+        except (TypeError, AssertionError, RuntimeError) as error:
+            raise UserError(f"open_clip refuses this model configuration: {error}") from None
+
+
+def load_pretrained(
+    clip: Any, name: str, config: dict[str, Any], pretrained: str
+) -> dict[str, Any]:
+    """Load an open_clip tag or a local file of weights; returns the tag's preprocessing facts.
+
+    Raises:
+        UserError: for an unknown tag, a QuickGELU mismatch, an unreachable hub, or weights of
+            another model.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained) or {}
+    if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        right = f"{name}-quickgelu" if tag.get("quick_gelu") else name.removesuffix("-quickgelu")
+        raise UserError(
+            f"--pretrained {pretrained} was trained with another activation than {name}; use "
+            f"--model {right}"
+        )
+    if tag:
+        try:
+            path = open_clip.download_pretrained(tag)
+        except (OSError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--pretrained {pretrained} could not be downloaded ({first}); give a local file"
+            ) from None
+    elif Path(pretrained).is_file():
+        path = pretrained
+    else:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise UserError(
+            f"--pretrained {pretrained!r} is neither a file nor a tag of {name}; "
+            f"{nearest(pretrained, tags)}"
+        )
+    from superclip.model.weights import read_tensors
+
+    read_tensors(Path(path))
+    try:
+        open_clip.load_checkpoint(clip, path, weights_only=True)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()
+        raise UserError(
+            f"--pretrained {pretrained} does not fit {name}: {' '.join(first[:2])[:300]}"
+        ) from None
+    return tag
+
+
+def preprocess_for(
+    config: dict[str, Any], mode: str, tag: dict[str, Any] | None = None
+) -> Preprocess:
+    """Size from the tower, mean and std from the tag or OpenAI's.
+
+    Raises:
+        UserError: for a tower whose input is not square.
+    """
+    size = config["vision_cfg"].get("image_size", 224)
+    if not isinstance(size, int):
+        if size[0] != size[1]:
+            raise UserError(
+                f"towers with a {size[0]} x {size[1]} input are not supported; the input must be "
+                "square"
+            )
+        size = size[0]
+    tag = tag or {}
+    mean = tuple(tag.get("mean") or open_clip.OPENAI_DATASET_MEAN)
+    std = tuple(tag.get("std") or open_clip.OPENAI_DATASET_STD)
+    return Preprocess(size, mode, mean, std)  # pyright: ignore[reportArgumentType]
+
+
+def tokenizer(config: dict[str, Any]) -> Any:
+    """The tokenizer of a configuration (open_clip's BPE, or the one of its Hugging Face text
+    tower)."""
+    text = config["text_cfg"]
+    length = text.get("context_length", 77)
+    if "hf_tokenizer_name" in text:
+        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length)
+    return open_clip.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs", {}))
+
+
+def special_ids(tokenize: Any) -> tuple[int, ...]:
+    """Padding, start and end ids: in every caption, so they say nothing about a picture."""
+    if hasattr(tokenize, "sot_token_id"):
+        return (0, tokenize.sot_token_id, tokenize.eot_token_id)
+    inner = tokenize.tokenizer
+    return tuple(
+        i for i in (inner.pad_token_id, inner.bos_token_id, inner.eos_token_id) if i is not None
+    )
+
+
+def activation_name(visual: nn.Module) -> str:
+    """Class of the first block's activation (QuickGELU and GELU towers are not interchangeable)."""
+    for name, module in visual.named_modules():
+        if name.endswith("mlp.gelu"):
+            return type(module).__name__
+    return "unknown"

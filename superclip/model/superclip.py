@@ -1,0 +1,105 @@
+"""CLIP with an optional head that predicts caption tokens from the picture."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from superclip.model.output import ClipOutput
+
+
+class TokenHead(nn.Module):
+    """Predicts caption tokens from a picture (SuperCLIP, NeurIPS 2025).
+
+    Args:
+        width: features it reads.
+        vocab_ids: the token ids its columns stand for; None is the whole vocabulary.
+        vocabulary: size of the tokenizer's vocabulary.
+        source: patches (mean of the tower's final patch tokens, LayerNorm, Linear: the paper) or
+            pooled (the
+            projected image feature, Linear alone: the small-scale variant).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocabulary: int,
+        source: Literal["patches", "pooled"] = "patches",
+        vocab_ids: Int[Tensor, " v"] | None = None,
+    ):
+        super().__init__()
+        self.source: Literal["patches", "pooled"] = source
+        self.vocabulary = vocabulary
+        columns = vocabulary if vocab_ids is None else len(vocab_ids)
+        self.norm = nn.LayerNorm(width) if source == "patches" else nn.Identity()
+        self.linear = nn.Linear(width, columns)
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("vocab_ids", vocab_ids)
+
+    def forward(self, features: Float[Tensor, "b w"]) -> Float[Tensor, "b v"]:
+        """Token logits, for evaluation and lenses; training takes them in chunks from
+        `ClipOutput`."""
+        return self.linear(self.norm(features))
+
+
+class SuperCLIP(nn.Module):
+    """An open_clip model, its normalisation and the token head under one forward.
+
+    Args:
+        clip: an open_clip `CLIP` with a native vision transformer where a token head reads patches.
+        mean, std: of the pictures' channels in [0, 1].
+        token_head: or None.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        token_head: TokenHead | None = None,
+    ):
+        super().__init__()
+        self.clip: Any = clip
+        self.token_head = token_head
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None] * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None] * 255, persistent=False)
+
+    def normalise(self, images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
+        """The first operation on the device: uint8 pixels to the tower's input."""
+        return (images - self.mean) / self.std
+
+    def encode_image(self, images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
+        """Unit vectors of pictures."""
+        return F.normalize(self.clip.encode_image(self.normalise(images)), dim=-1)
+
+    def encode_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        """Unit vectors of texts."""
+        return F.normalize(self.clip.encode_text(tokens), dim=-1)
+
+    def forward(self, images: UInt8[Tensor, "b 3 s s"], tokens: Int[Tensor, "b l"]) -> ClipOutput:
+        pixels, head = self.normalise(images), self.token_head
+        hidden = None
+        if head is not None and head.source == "patches":
+            out = self.clip.visual.forward_intermediates(
+                pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
+            )
+            features = out["image_features"]
+            hidden = out["image_intermediates"][-1].mean(1)
+        else:
+            features = self.clip.encode_image(pixels)
+            hidden = features if head is not None else None
+        return ClipOutput(
+            F.normalize(features, dim=-1),
+            self.encode_text(tokens),
+            self.clip.logit_scale.exp(),
+            None if head is None else head.norm(hidden),
+            None if head is None else head.linear.weight,
+            None if head is None else head.linear.bias,
+        )

@@ -1,0 +1,185 @@
+"""Checkpoint files: read without executing anything, checked, and turned back into a model.
+
+`final_epoch.pt` holds weights and facts only: `state_dict` (exactly open_clip's keys),
+`token_head`, `model_config`, `preprocess`, `config`, `epoch`, `schema`. `epoch_K.pt` and
+`step_N.pt` hold the same and what training needs to go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superclip.config import TrainConfig, train_config
+from superclip.data.loader import Preprocess
+from superclip.errors import UserError
+from superclip.model.factory import build_clip
+from superclip.model.superclip import SuperCLIP, TokenHead
+
+SCHEMA = 1
+
+
+def read_tensors(path: Path) -> Any:
+    """`torch.load` with `weights_only=True`; nothing in the file is executed.
+
+    Raises:
+        UserError: if the file is missing, cut, or holds anything but tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds pickled objects beside tensors; it is refused, nothing in it was run"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} is not a readable checkpoint (cut short, or another format): {first[:160]}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model and what is known about it.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        config: the run's configuration.
+        facts: `data_digest`, `init_sha256`, `activation`, ... as plain values.
+    """
+
+    path: Path
+    sha256: str
+    model: SuperCLIP
+    model_config: dict[str, Any]
+    preprocess: Preprocess
+    config: TrainConfig[Any]
+    epoch: int
+    facts: dict[str, Any]
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint of this project.
+
+    Raises:
+        UserError: if it is no such checkpoint, of another schema, or its tensors do not fit its
+            model.
+    """
+    content = read_tensors(path)
+    if not isinstance(content, dict) or "model_config" not in content:
+        raise UserError(
+            f"{path} is not a superclip checkpoint; plain open_clip weights need --model NAME"
+        )
+    if content.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} has checkpoint schema {content.get('schema')}; this version reads schema "
+            f"{SCHEMA}"
+        )
+    config = train_config(content["config"], str(path))
+    clip = build_clip(content["model_config"])
+    preprocess = Preprocess.from_dict(content["preprocess"])
+    head = token_head_from(content["token_head"])
+    model = SuperCLIP(clip, preprocess.mean, preprocess.std, head)
+    load_into(clip, content["state_dict"], path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Checkpoint(
+        path,
+        digest,
+        model.eval(),
+        content["model_config"],
+        preprocess,
+        config,
+        content["epoch"],
+        content["facts"],
+    )
+
+
+def load_into(module: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """`load_state_dict`, strict, with one line for tensors of another architecture."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        raise UserError(
+            f"{path}: the weights are of another architecture: {' '.join(lines[:2])[:240]}"
+        ) from None
+
+
+def token_head_state(head: TokenHead | None) -> dict[str, Any] | None:
+    """Plain values and tensors of a token head."""
+    if head is None:
+        return None
+    return {"source": head.source, "vocabulary": head.vocabulary, "state_dict": head.state_dict()}
+
+
+def token_head_from(state: dict[str, Any] | None) -> TokenHead | None:
+    """The inverse of `token_head_state`."""
+    if state is None:
+        return None
+    tensors = state["state_dict"]
+    head = TokenHead(
+        tensors["linear.weight"].shape[1],
+        state["vocabulary"],
+        state["source"],
+        tensors.get("vocab_ids"),
+    )
+    head.load_state_dict(tensors)
+    return head
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """One hash over names, shapes and values of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(
+            tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
+    return digest.hexdigest()
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The final checkpoint of a run folder, else the newest by number; of `logs/`, the newest of
+    its runs.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if (folder / "final_epoch.pt").is_file():
+        return folder / "final_epoch.pt"
+    numbered = resumable(folder)
+    if numbered:
+        return numbered[-1]
+    runs = list(folder.rglob("final_epoch.pt")) if folder.is_dir() else []
+    if runs:
+        return max(runs, key=lambda f: f.stat().st_mtime)
+    raise UserError(
+        f"no checkpoint under {folder}/; train one first (python -m superclip.train) or give "
+        "--ckpt FILE"
+    )
+
+
+def resumable(folder: Path) -> list[Path]:
+    """`epoch_K.pt` and `step_N.pt` of a run, fewest optimizer steps first (`epoch_10` after
+    `epoch_9`)."""
+    try:
+        per_epoch = int(json.loads((folder / "run.json").read_text())["steps_per_epoch"])
+    except (OSError, ValueError, KeyError):
+        per_epoch = 1
+    found = []
+    for path in folder.glob("*.pt"):
+        match = re.fullmatch(r"(epoch|step)_(\d+)\.pt", path.name)
+        if match:
+            found.append((int(match[2]) * (per_epoch if match[1] == "epoch" else 1), path))
+    return [path for _, path in sorted(found)]
