@@ -7,8 +7,8 @@ A scene is an 80 x 80 picture of 5 x 5 cells of 16 px, one cell a ViT patch. One
 
 Clutter must not be found, or ruled out, by contrast. Every piece is therefore a matched control of
 one category: a shape of that category's exact width and height whose ink share, ink energy and
-edge energy are the nearest to the pictogram's. Position, size, colour, opacity and jitter are drawn
-by the very code that draws those of the objects.
+edge energy are near the pictogram's, and nearer still in the mean over its controls. Position,
+size, colour, opacity and jitter are drawn by the very code that draws those of the objects.
 """
 
 from __future__ import annotations
@@ -433,7 +433,7 @@ def _bank(seed: int) -> _Bank:
 
 
 def _matched(ink: np.ndarray, candidates: list[np.ndarray]) -> list[np.ndarray]:
-    """The candidates nearest to `ink` in what a low-level saliency map can see."""
+    """Candidates near `ink`, one by one and in the mean, in what low-level saliency can see."""
 
     def statistics(alpha: np.ndarray) -> np.ndarray:
         padded = np.pad(alpha[..., 0], 1)
@@ -443,8 +443,8 @@ def _matched(ink: np.ndarray, candidates: list[np.ndarray]) -> list[np.ndarray]:
     gaps = np.stack([statistics(c) for c in candidates]) - statistics(ink)
     chosen: list[int] = []
     for _ in range(_CONTROLS // 2):
-        # Near by itself, and drawing the mean of those chosen towards the pictogram.
-        cost = np.square(gaps).sum(1) + np.square(gaps + gaps[chosen].sum(0)).sum(1)
+        # Near by itself first of all, then drawing the mean of those chosen to the pictogram.
+        cost = 4 * np.square(gaps).sum(1) + np.square(gaps + gaps[chosen].sum(0)).sum(1)
         cost[chosen] = np.inf
         chosen.append(int(cost.argmin()))
     return [candidates[k] for k in chosen]

@@ -1,8 +1,9 @@
 """WebDataset tar shards, read at random through an index.
 
-A shard is a plain tar with a picture and its facts per sample: `KEY.jpg` and `KEY.json` as `write_shards`
-writes them, or `KEY.txt` (and `KEY.json`) as img2dataset and open_clip's users do. Beside `NAME.tar` lies
-`NAME.idx`: where every sample's bytes are, built on first use where it is missing or belongs to other bytes.
+A shard is a plain tar with a picture and its facts per sample: `KEY.jpg` and `KEY.json` as
+`write_shards` writes them, or `KEY.txt` (and `KEY.json`) as img2dataset and open_clip's users do.
+Beside `NAME.tar` lies `NAME.idx`: where every sample's bytes are, built on first use where it is
+missing or belongs to other bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,9 @@ class ShardIndex:
     Attributes:
         fingerprint: of the tar this index belongs to.
         keys: str `[n]`.
-        picture, facts, text: int64 `[n, 2]` offset and length in the tar of the picture, `KEY.json` and
-            `KEY.txt`; length 0 where there is none.
+        picture, facts, text: int64 `[n, 2]` offset and length in the tar of the picture, `KEY.json`
+            and `KEY.txt`; length 0 where there is none.
         captions: int64 `[n]`, captions of every sample.
-        size: int64 `[n, 2]`, width and height; 0 where only the picture itself knows.
         uncaptioned: samples left out because they have no caption, 0-d.
     """
 
@@ -63,15 +63,14 @@ class ShardIndex:
     facts: np.ndarray
     text: np.ndarray
     captions: np.ndarray
-    size: np.ndarray
     uncaptioned: np.ndarray
 
     def save(self, path: Path) -> None:
         """Write atomically: another process sees the whole index or none."""
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez(file, **vars(self), allow_pickle=False)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+            partial = Path(scratch) / "index.npz"
+            np.savez(partial, **vars(self))
+            partial.replace(path)
 
     @staticmethod
     def load(path: Path) -> ShardIndex:
@@ -81,12 +80,12 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a sample says about its picture; size (0, 0) where it does not say."""
+    """What a sample says about its picture; img2dataset's size is not trusted, so None."""
 
     captions: tuple[str, ...]
-    size: tuple[int, int] = (0, 0)
-    boxes: Boxes = Boxes.none()
-    clutter: Boxes = Boxes.none()
+    size: tuple[int, int] | None = None
+    boxes: Boxes = field(default_factory=Boxes.none)
+    clutter: Boxes = field(default_factory=Boxes.none)
 
 
 class Shards:
@@ -99,8 +98,8 @@ class Shards:
         attrition: samples left out, by cause.
 
     Raises:
-        UserError: if a shard is missing, empty, compressed or cut, a sample has no picture or broken
-            facts, or a key occurs twice.
+        UserError: if a shard is missing, empty, compressed or cut, a sample has no picture or
+            broken facts, or a key occurs twice.
     """
 
     def __init__(self, pattern: str):
@@ -119,7 +118,7 @@ class Shards:
         _refuse_twins(self.keys, pattern)
         content = hashlib.sha256()
         for index in self._indices:
-            for column in (index.fingerprint, index.keys, index.picture, index.captions):
+            for column in vars(index).values():
                 content.update(column.tobytes())
         self.digest = content.hexdigest()
 
@@ -146,9 +145,7 @@ class Shards:
         where = f"{self._paths[shard]}: {key}"
         facts = _parse(document, text, where)
         try:
-            width, height = (
-                index.size[local].tolist() if index.size[local].any() else picture_size(picture)
-            )
+            width, height = facts.size or picture_size(picture)
         except BadPicture as error:
             raise BadPicture(f"{where}: {error}") from error.__cause__
         first = int(self._first_caption[row])
@@ -193,7 +190,7 @@ def expand(pattern: str) -> list[Path]:
     Raises:
         UserError: naming the first missing shard, the part that matches nothing, or a stream.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     paths: list[Path] = []
     for part in _comma_list(pattern):
@@ -204,20 +201,22 @@ def expand(pattern: str) -> list[Path]:
             )
         try:
             names = list(braceexpand(os.path.expanduser(part)))
-        except UnbalancedBracesError:
+        except ValueError:
             raise UserError(
                 f"{part!r} has unbalanced braces; write 'NAME-{{000..003}}.tar'"
             ) from None
-        for name in names:
-            paths += sorted(map(Path, glob.glob(name))) if glob.has_magic(name) else [Path(name)]
-    if not paths:
-        raise UserError(
-            f"{pattern!r} matches no file; pack shards first (superclip.pack) or mend it"
-        )
+        found = [
+            match
+            for name in names
+            for match in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])
+        ]
+        if not found:
+            raise UserError(f"{part!r} matches no file; mend it, or pack shards first")
+        paths += map(Path, found)
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(
-            f"{len(missing)} of {len(paths)} shards of {pattern!r} are missing (first: {missing[0]}); "
-            "mend the pattern or pack them again"
+            f"{len(missing)} of {len(paths)} shards of {pattern!r} are missing "
+            f"(first: {missing[0]}); mend the pattern or pack them again"
         )
     return paths
 
@@ -299,8 +298,7 @@ def scan(path: Path) -> ShardIndex:
     Raises:
         UserError: if the tar is empty, compressed or cut, or a sample in it is broken.
     """
-    samples = _members(path)
-    columns: dict[str, list[Any]] = {f.name: [] for f in fields(ShardIndex)}
+    samples, rows = _members(path), []
     with path.open("rb") as file:
 
         def part(span: tuple[int, int]) -> bytes:
@@ -312,27 +310,21 @@ def scan(path: Path) -> ShardIndex:
             if picture is None:
                 held = ", ".join(parts)
                 raise UserError(
-                    f"{path}: sample {key!r} has no picture (it holds {held}); pack again"
+                    f"{path}: sample {key!r} has no picture, only {held}; pack it again"
                 )
             document, text = parts.get("json", (0, 0)), parts.get("txt", (0, 0))
             facts = _parse(part(document), part(text), f"{path}: {key}")
             if facts.captions:
-                row = (key, picture, document, text, len(facts.captions), facts.size)
-                for name, value in zip(
-                    ("keys", "picture", "facts", "text", "captions", "size"), row
-                ):
-                    columns[name].append(value)
-    keys = columns.pop("keys")
-    if not keys:
-        what = (
-            "has no sample with a caption (KEY.json or KEY.txt)" if samples else "holds no sample"
-        )
-        raise UserError(f"{path} {what}; leave it out or pack again")
-    arrays = {name: np.array(column, np.int64) for name, column in columns.items() if column}
-    uncaptioned = np.array(len(samples) - len(keys))
-    mark = np.array(fingerprint(path))
+                rows.append((key, picture, document, text, len(facts.captions)))
+    if not rows:
+        lack = "sample with a caption (KEY.json or KEY.txt)" if samples else "sample"
+        raise UserError(f"{path} holds no {lack}; leave it out or pack it again")
+    keys, *columns = zip(*rows)
     return ShardIndex(
-        **arrays | {"fingerprint": mark, "keys": np.array(keys), "uncaptioned": uncaptioned}
+        np.array(fingerprint(path)),
+        np.array(keys),
+        *(np.array(column, np.int64) for column in columns),
+        uncaptioned=np.array(len(samples) - len(rows)),
     )
 
 
@@ -400,17 +392,12 @@ def _written_boxes(boxes: Boxes) -> dict[str, Any]:
 
 
 def write_shards(
-    records: Iterable[Record],
-    out: Path,
-    split: str,
-    per_shard: int = 1000,
-    caption_ids: Sequence[int | str] | None = None,
+    samples: Iterable[tuple[Record, Sequence[int]]], out: Path, split: str, per_shard: int = 1000
 ) -> list[dict[str, Any]]:
-    """Write `SPLIT-000000.tar`, ... with an index beside each; equal records give equal bytes.
+    """Write `SPLIT-000000.tar`, ... with an index beside each; equal samples give equal bytes.
 
     Args:
-        records: in the order they are to be read back.
-        caption_ids: the public id of every caption row; made from the key where absent.
+        samples: records in the order they are to be read back, with their captions' public ids.
 
     Returns:
         One manifest entry a shard.
@@ -418,21 +405,17 @@ def write_shards(
     Raises:
         UserError: if a picture is of another size than its record says, or a key has a dot.
     """
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     entries = []
-    for number, group in itertools.groupby(enumerate(records), lambda pair: pair[0] // per_shard):
+    for number, group in itertools.groupby(enumerate(samples), lambda pair: pair[0] // per_shard):
         path, images = out / f"{split}-{number:06d}.tar", []
         with path.open("wb") as file:
             options: dict[str, Any] = {"user": "superclip", "group": "superclip", "mtime": 0}
             with TarWriter(file, encoder=False, compress=False, **options) as tar:
-                for _, record in group:
-                    ids = [
-                        caption_ids[row] if caption_ids is not None else f"{record.key}:{place}"
-                        for place, row in enumerate(record.caption_rows)
-                    ]
+                for _, (record, ids) in group:
                     tar.write(_sample(record, ids))
-                    images.append({"key": record.key, "caption_ids": ids})
+                    images.append({"key": record.key, "caption_ids": list(ids)})
         index = scan(path)
         index.save(path.with_suffix(".idx"))
         with path.open("rb") as file:
@@ -460,7 +443,7 @@ def write_manifest(entries: Sequence[dict[str, Any]], out: Path) -> None:
     (out / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "shards": list(entries)}))
 
 
-def _sample(record: Record, caption_ids: Sequence[int | str]) -> dict[str, Any]:
+def _sample(record: Record, caption_ids: Sequence[int]) -> dict[str, Any]:
     """A record as the parts of a WebDataset sample."""
     if re.search(r"[./\s]", record.key):
         raise UserError(
