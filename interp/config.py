@@ -1,0 +1,112 @@
+"""What the interp commands are asked for: frozen dataclasses; a field's docstring is its
+`--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from superclip.errors import UserError
+
+Kind = Literal["class", "patches"]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What `interp.sweep` scores."""
+
+    ckpt: Path | None = None
+    """A checkpoint of superclip.train. Default: the newest under logs/. With --model: plain
+    open_clip weights."""
+    model: str | None = None
+    """An open_clip model name, for weights that bring no configuration."""
+    pretrained: str | None = None
+    """With --model: an open_clip tag instead of --ckpt."""
+    data: str | None = None
+    """scenes, coco, tar shards, or a folder as coco:FOLDER. Default: the checkpoint's held-out
+    data."""
+    root: Path | None = None
+    """Folder of --data coco."""
+    split: str | None = None
+    """Split of the data. Default: its held-out one."""
+    num: int | None = None
+    """Pictures to look at, before the confirm split is set aside. Default: 1 000 scenes, or all."""
+    kind: Kind = "class"
+    """Whose attention: the class token's, which the contrastive feature reads, or the mean of the
+    patch queries, which SuperCLIP's token head reads."""
+    metric: Literal["excess", "legacy-mass"] = "excess"
+    """legacy-mass also reproduces the small study's measure (squashed picture, union of boxes,
+    centre-in-box) and prints it beside the excess. The champion is chosen by the excess either
+    way."""
+    untrained: int = 5
+    """Untrained towers swept beside: the run's own initialisation and further seeds. 0 leaves them
+    out."""
+    draws: int = 9999
+    """Permutations and bootstrap draws."""
+    seed: int = 0
+    """Seed of the permutations and draws."""
+    gallery: int = 24
+    """Pictures kept in the results for galleries and animations."""
+    batch_size: int = 32
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    threads: int | None = None
+    """CPU threads."""
+    allow_trained: bool = False
+    """Score pictures that the checkpoint was trained on (the result says so)."""
+    out: Path | None = None
+    """Folder of the results. Default: sweep/ beside the checkpoint (sweep-patches/ for --kind
+    patches)."""
+    overwrite: bool = False
+    """Replace the results that stand in --out."""
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.num is not None and self.num < 1:
+            raise UserError(f"--num {self.num} must be at least 1")
+        for name in ("untrained", "gallery"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative")
+        if self.pretrained is not None and self.model is None:
+            raise UserError("--pretrained needs --model NAME")
+        if self.data == "coco" and self.root is None:
+            raise UserError("--data coco needs --root FOLDER (with annotations/ in it)")
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """What `interp.ablate` removes."""
+
+    ckpt: Path | None = None
+    """A checkpoint. Default: the newest under logs/."""
+    results: Path | None = None
+    """Folder of its sweep. Default: sweep/ beside the checkpoint."""
+    heads: str = "champion,random:20"
+    """Comma list of L11H5, champion, top:K (K best of discovery, one by one), random:K (K other
+    heads drawn at random), all."""
+    sets: int = 20
+    """Random sets of as many heads, to set the removal of the four best heads together against. 0
+    leaves this out."""
+    tokens: Literal["all", "class"] = "all"
+    """Replace the heads' outputs at every token or at the class token only."""
+    seed: int = 0
+    """Seed of the random heads and draws."""
+    draws: int = 9999
+    """Bootstrap draws and sign flips."""
+    batch_size: int = 32
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    threads: int | None = None
+    """CPU threads."""
+    overwrite: bool = False
+    """Replace the ablation results that stand beside the sweep."""
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.sets < 0:
+            raise UserError("--sets must not be negative")
