@@ -251,7 +251,12 @@ def _results(
             "activation": tower.cfg.activation,
             "geometry": preprocess.mode,
         },
-        "data": {"name": source.name, "sha256": source.digest, "clutter": bool(clutter.any())},
+        "data": {
+            "name": source.name,
+            "sha256": source.digest,
+            "num": config.num,
+            "clutter": bool(clutter.any()),
+        },
         "split": {"salt": SALT, "discovery": 0.5, "validation": 0.3, "confirm": 0.2},
         "counts": dict(sorted(counts.items())),
         "strata": int(stratum.max()) + 1,

@@ -84,6 +84,13 @@ class AblateConfig:
     """A checkpoint. Default: the newest under logs/."""
     results: Path | None = None
     """Folder of its sweep. Default: sweep/ beside the checkpoint."""
+    data: str | None = None
+    """The data of the sweep, where that was not the checkpoint's own; with --root and --split as
+    there."""
+    root: Path | None = None
+    """Folder of --data coco."""
+    split: str | None = None
+    """Split of the data."""
     heads: str = "champion,random:20"
     """Comma list of L11H5, champion, top:K (K best of discovery, one by one), random:K (K other
     heads drawn at random), all."""

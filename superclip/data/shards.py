@@ -74,7 +74,7 @@ class ShardIndex:
 
     @staticmethod
     def load(path: Path) -> ShardIndex:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             return ShardIndex(**{f.name: held[f.name] for f in fields(ShardIndex)})
 
 
@@ -213,6 +213,8 @@ def expand(pattern: str) -> list[Path]:
         if not found:
             raise UserError(f"{part!r} matches no file; mend it, or pack shards first")
         paths += map(Path, found)
+    if not paths:
+        raise UserError(f"{pattern!r} names no shard; write 'NAME-{{000000..000003}}.tar'")
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(
             f"{len(missing)} of {len(paths)} shards of {pattern!r} are missing "

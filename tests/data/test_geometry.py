@@ -60,6 +60,7 @@ def scenes_with_one_box(draw, smallest=40, largest=400):
 def assert_box_lies_where_it_was_mapped(picture, geometry: Geometry, xywh, fast: bool) -> None:
     (box,), (kept,) = geometry.map_boxes(xywh)
     x0, y0, x1, y1 = box
+    assert x0 <= x1 and y0 <= y1 and 0 <= kept <= 1
     assume(min(x1 - x0, y1 - y0) >= 4)  # thinner ones fade below the threshold
     assert kept > 0
     left, top, right, bottom = geometry.valid

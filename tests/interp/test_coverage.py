@@ -19,7 +19,7 @@ span = st.tuples(edge, edge).map(sorted)
 box = st.tuples(span, span).map(lambda b: (b[0][0], b[1][0], b[0][1], b[1][1]))
 annotation = st.tuples(box, st.booleans(), st.sampled_from([0.1, 0.25, 1.0]))
 grids = st.sampled_from([(1, 1), (3, 3), (2, 4), (6, 3), (8, 8)])
-inner = st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(16, 24), st.integers(16, 24))
+inner = st.tuples(*[st.integers(k, k + 8).map(float) for k in (0, 0, 16, 16)])
 
 
 def arrays(annotations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -160,7 +160,7 @@ def test_sharpening_reaches_an_entropy(data) -> None:
     maps = data[0][:, 0, 0].astype(np.float64) + 0.01
     power = baselines.power_at_entropy(maps, 1.2)
     assert baselines.entropy(baselines.sharpen(maps, power)).mean() == pytest.approx(1.2, abs=1e-6)
-    np.testing.assert_allclose(baselines.entropy(baselines.uniform(P)), np.log(P))
+    np.testing.assert_allclose(baselines.entropy(baselines.uniform(P)[None]), np.log(P))
     ends = [baselines.power_at_entropy(maps, target) for target in (5.0, -1.0)]
     assert ends == pytest.approx([2**-8, 2**8])
 
