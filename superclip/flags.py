@@ -32,7 +32,7 @@ def parse(
     argv: Sequence[str],
     prog: str,
     description: str,
-    default: Any = None,
+    default: Any = tyro.MISSING_NONPROP,
     known: Sequence[str] = (),
 ) -> Any:
     """`tyro.cli` with flat flag names; a mistake becomes a one-line `UserError` with the nearest

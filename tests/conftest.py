@@ -24,7 +24,12 @@ def command(*words: str, threads: int = 1, cwd: Path = ROOT) -> subprocess.Compl
     """Run `python -m ...` as a user would."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=cwd, env=env, timeout=280
+        [sys.executable, "-m", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        timeout=280,
     )
 
 
@@ -41,7 +46,9 @@ def refused(*words: str, cwd: Path = ROOT) -> str:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished, barely trained SuperCLIP run on scenes."""
     out = tmp_path_factory.mktemp("tiny") / "run"
-    words = "superclip.train --train-num-samples 256 --batch-size 32 --head-vocab seen --log-every 4"
+    words = (
+        "superclip.train --train-num-samples 256 --batch-size 32 --head-vocab seen --log-every 4"
+    )
     done = command(*words.split(), "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out

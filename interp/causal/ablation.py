@@ -8,7 +8,7 @@ mean ablation puts the head's average over other images in its place, token by t
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from interp.heads import Head
 from interp.hooked import HookedVisionTransformer
 from superclip.errors import UserError
 
-Kind = Literal["zero", "mean"]
-Tokens = Literal["all", "class"]
+KINDS = ("zero", "mean")
+TOKENS = ("all", "class")
 Means = Float[Tensor, "layer token head d_head"]
 
 SIMILARITY_BUDGET = 2**26  # cosines held at once: 256 MiB in float32
@@ -30,16 +30,17 @@ SIMILARITY_BUDGET = 2**26  # cosines held at once: 256 MiB in float32
 def ablate(
     tower: HookedVisionTransformer,
     heads: Sequence[Head],
-    kind: Kind,
+    kind: str,
     means: Means | None = None,
-    tokens: Tokens = "all",
+    tokens: str = "all",
 ) -> Iterator[HookedVisionTransformer]:
     """Within the `with` block, the heads' `z` is zero or its mean; afterwards nothing is left.
 
     Args:
         heads: The heads to remove, all at once.
+        kind: `zero` or `mean`.
         means: For `kind="mean"`: what `mean_z` returned on images that judge nothing.
-        tokens: Replace `z` at every token, or where the class token is the query.
+        tokens: Replace `z` at `all` tokens, or only where the `class` token is the query.
 
     Raises:
         UserError: No head, a head the tower does not have, an unknown option, or means that are
@@ -63,7 +64,7 @@ def _replace(
     *,
     at: slice,
     indices: list[int],
-    value: Float[Tensor, "token head d_head"] | None,
+    value: Float[Tensor, "at ablated d_head"] | None,
 ) -> Float[Tensor, "batch token head d_head"]:
     z = z.clone()
     z[:, at, indices] = 0 if value is None else value.to(z)
@@ -73,15 +74,15 @@ def _replace(
 def _check(
     tower: HookedVisionTransformer,
     heads: Sequence[Head],
-    kind: Kind,
+    kind: str,
     means: Means | None,
-    tokens: Tokens,
+    tokens: str,
 ) -> None:
     cfg = tower.cfg
-    if kind not in get_args(Kind):
-        raise UserError(f"ablation kind {kind!r} is unknown; choose from {get_args(Kind)}")
-    if tokens not in get_args(Tokens):
-        raise UserError(f"tokens {tokens!r} is unknown; choose from {get_args(Tokens)}")
+    if kind not in KINDS:
+        raise UserError(f"ablation kind {kind!r} is unknown; choose from {', '.join(KINDS)}")
+    if tokens not in TOKENS:
+        raise UserError(f"tokens {tokens!r} is unknown; choose from {', '.join(TOKENS)}")
     if not heads:
         raise UserError("no head to ablate; name at least one, like L11H5")
     for head in heads:
@@ -99,7 +100,7 @@ def _check(
 
 @torch.no_grad()
 def mean_z(
-    tower: HookedVisionTransformer, batches: Iterable[Float[Tensor, "batch 3 height width"]]
+    tower: HookedVisionTransformer, batches: Iterable[Float[Tensor, "_ 3 height width"]]
 ) -> Means:
     """Mean of every head's `z` at every token position, in float64, over batches of images.
 
@@ -125,11 +126,11 @@ def mean_z(
 @torch.no_grad()
 def embeddings_under_ablation(
     tower: HookedVisionTransformer,
-    image_batches: Iterable[Float[Tensor, "batch 3 height width"]],
+    image_batches: Iterable[Float[Tensor, "_ 3 height width"]],
     head_sets: Sequence[Sequence[Head]],
-    kind: Kind,
+    kind: str,
     means: Means | None = None,
-    tokens: Tokens = "all",
+    tokens: str = "all",
 ) -> Float[Tensor, "set image embed"]:
     """Features, not normalised and on the CPU, of all images under each set of ablated heads.
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities.slice import Slice, SliceInput
+from transformer_lens.utilities.slice import Slice
 
 from interp.hooked.blocks import wide
 from superclip.errors import UserError
@@ -44,7 +44,7 @@ class TowerCache(ActivationCache):
         mlp_input: bool = False,
         mode: Literal["all", "mlp", "attn"] = "all",
         apply_ln: bool = False,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: Any = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Stack | tuple[Stack, list[str]]:
@@ -130,8 +130,8 @@ class TowerCache(ActivationCache):
         residual_stack: Stack,
         layer: int | None = None,
         mlp_input: bool = False,
-        pos_slice: Slice | SliceInput = None,
-        batch_slice: Slice | SliceInput = None,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Stack:
@@ -151,7 +151,7 @@ class TowerCache(ActivationCache):
             residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
         )
 
-    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> TowerCache:
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> TowerCache:
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         return TowerCache(sliced.cache_dict, self.tower, sliced.has_batch_dim)
 

@@ -89,9 +89,11 @@ class HookedVisionTransformer(HookedRootModule):
         UserError: The tower has a part that is not modelled (named), or the check fails.
     """
 
-    def __init__(self, visual: open_clip.VisionTransformer, *, check: bool = True) -> None:
+    visual: open_clip.VisionTransformer
+
+    def __init__(self, visual: nn.Module, *, check: bool = True) -> None:
         super().__init__()
-        refuse_unmodelled(visual)
+        visual = modelled(visual)
         self.__dict__["visual"] = visual  # unregistered: see interp.hooked.blocks
         self.hook_embed = HookPoint()
         self.hook_pos_embed = HookPoint()
@@ -105,8 +107,6 @@ class HookedVisionTransformer(HookedRootModule):
         self.train(visual.training)  # of the wrapper's own modules: the tower is not among them
         if check:
             self._check_equal()
-
-    visual: open_clip.VisionTransformer
 
     @property
     def cfg(self) -> TowerConfig:
@@ -376,8 +376,8 @@ def refuse_patch_dropout(visual: open_clip.VisionTransformer) -> None:
         raise UserError("patch dropout is active in training mode; call visual.eval() first")
 
 
-def refuse_unmodelled(visual: nn.Module) -> None:
-    """Raise for every part of a tower that `HookedVisionTransformer` does not compute."""
+def modelled(visual: nn.Module) -> open_clip.VisionTransformer:
+    """The tower itself; raises for a part that `HookedVisionTransformer` does not compute."""
     if not isinstance(visual, open_clip.VisionTransformer):
         raise UserError(
             f"{type(visual).__name__} is not modelled; only open_clip's own VisionTransformer is "
@@ -396,3 +396,4 @@ def refuse_unmodelled(visual: nn.Module) -> None:
         if re.search(r"(^|\.)ln_", name) and not isinstance(module, nn.LayerNorm | nn.Identity):
             raise UserError(f"{name} is a {type(module).__name__}; only LayerNorm is modelled")
     refuse_patch_dropout(visual)
+    return visual

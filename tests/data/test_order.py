@@ -14,7 +14,9 @@ from superclip.errors import UserError
     block=st.integers(1, 4),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_visits_every_row_at_most_once_whatever_the_step_asked_first(sizes, batch, block, epoch):
+def test_an_epoch_visits_every_row_at_most_once_whatever_the_step_asked_first(
+    sizes, batch, block, epoch
+):
     if batch > sum(sizes):
         return
     order = Order(tuple(sizes), 7, block)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
+from reference.hooked import hits, margins, tower_activations
 
 from interp.causal.ablation import (
     ablate,
@@ -15,7 +16,6 @@ from interp.causal.ablation import (
 from interp.heads import Head
 from interp.hooked import HookedVisionTransformer
 from superclip.errors import UserError
-from tests.reference.hooked import hits, margins, tower_activations
 
 HEADS = [Head(2, 1), Head(0, 3), Head(2, 0)]
 

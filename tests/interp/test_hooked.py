@@ -9,6 +9,7 @@ import pytest
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import LayerNormFp32, QuickGELU, VisionTransformer
+from reference.hooked import sink_share, tower_activations
 from torch import nn
 from transformer_lens import ActivationCache
 from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
@@ -16,7 +17,6 @@ from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
 from interp.hooked import HookedVisionTransformer
 from interp.hooked.rows import patch_rows
 from superclip.errors import UserError
-from tests.reference.hooked import sink_share, tower_activations
 
 TOWERS = {
     "plain": {},

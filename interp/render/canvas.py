@@ -1,0 +1,71 @@
+"""What all figures share: ink and paper, layout in inches, bytes of a PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure's text, lines and background."""
+
+    ink: str
+    muted: str
+    rule: str
+    paper: str
+
+
+LIGHT = Theme("#1b1d21", "#5a6069", "#c5c9cf", "#ffffff")
+DARK = Theme("#e9e7e2", "#a6abb5", "#454b54", "#17191d")
+
+
+@contextmanager
+def themed(theme: Theme) -> Iterator[None]:
+    """Within the block, new figures take the theme; the user's own settings are not read."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "font.size": 8,
+                "text.color": theme.ink,
+                "axes.labelcolor": theme.ink,
+                "axes.edgecolor": theme.rule,
+                "axes.linewidth": 0.8,
+                "axes.facecolor": theme.paper,
+                "figure.facecolor": theme.paper,
+                "savefig.facecolor": theme.paper,
+                "xtick.color": theme.rule,
+                "ytick.color": theme.rule,
+                "xtick.labelcolor": theme.ink,
+                "ytick.labelcolor": theme.ink,
+            }
+        )
+        yield
+
+
+def place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches from the figure's upper left corner."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes(
+        (left / across, 1 - (top + height) / down, width / across, height / down)
+    )
+
+
+def write(figure: Figure, left: float, top: float, text: str, **style: object) -> None:
+    """Text with its upper left corner at a place in inches."""
+    across, down = figure.get_size_inches()
+    figure.text(left / across, 1 - top / down, text, **({"va": "top"} | style))  # pyright: ignore[reportArgumentType]
+
+
+def png(figure: Figure, dpi: int = 160) -> bytes:
+    """The figure as a PNG; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,174 @@
+"""Attention laid over the pictures that a sweep kept, on one colour scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from interp.heads import Head
+from interp.render.canvas import LIGHT, Theme, place, themed, write
+from interp.render.words import attention_of, count, number, plural, subject
+from interp.results import SweepResults
+
+MOST = 24
+"""Pictures shown at most."""
+
+MAP = "inferno"
+OPACITY = 0.65
+COLUMNS = 4
+_SIDE, _GAP, _BELOW = 0.92, 0.22, 0.44  # inches: a panel, between pairs, the words under a pair
+
+
+def shown(results: SweepResults) -> int:
+    """How many of the kept pictures are drawn."""
+    return min(len(results.gallery_rows), MOST)
+
+
+def attention(results: SweepResults, head: Head, i: int) -> Float[np.ndarray, "rows columns"]:
+    """Attention of a head on gallery picture `i`; sums to 1."""
+    values = results.maps[results.gallery_rows[i], head.layer, head.index]
+    return values.astype(np.float64).reshape(results.grid)
+
+
+def scale(results: SweepResults, heads: Sequence[Head]) -> Normalize:
+    """One colour scale from 0 to the largest attention of these heads on the pictures shown."""
+    values = [attention(results, h, i).max() for h in heads for i in range(shown(results))]
+    return Normalize(0, max(values))
+
+
+def facts(results: SweepResults, i: int) -> tuple[str, str]:
+    """Public id and split of gallery picture `i`."""
+    row = results.gallery_rows[i]
+    name = str(results.image_ids[row])
+    return name if len(name) <= 24 else "…" + name[-23:], ("discovery", "validation")[
+        results.split[row]
+    ]
+
+
+def mass(results: SweepResults, head: Head, i: int) -> float:
+    """In-box mass of a head on gallery picture `i`, as the sweep scored it."""
+    row = results.gallery_rows[i]
+    return float(results.metrics["in_box_mass"][row, head.layer, head.index])
+
+
+def box_area(results: SweepResults, i: int) -> float:
+    """Area of the boxes on gallery picture `i`: the in-box mass of uniform attention."""
+    row = results.gallery_rows[i]
+    valid = results.valid[row].astype(np.float64)
+    return float((valid * results.coverage[row]).sum() / valid.sum())
+
+
+def draw_picture(axes: Axes, results: SweepResults, i: int) -> None:
+    """Gallery picture `i` as the tower saw it, with its boxes."""
+    axes.imshow(pixels(results, i), extent=_extent(results))
+    _finish(axes, results, i)
+
+
+def draw_attention(axes: Axes, results: SweepResults, head: Head, i: int, norm: Normalize) -> None:
+    """The picture in grey under a head's attention; a patch is one square of constant colour."""
+    grey = pixels(results, i) @ np.array([0.299, 0.587, 0.114])
+    axes.imshow(grey, "gray", vmin=0, vmax=255, extent=_extent(results))
+    axes.imshow(
+        attention(results, head, i),
+        MAP,
+        norm,
+        alpha=OPACITY,
+        extent=_extent(results),
+        interpolation="nearest",
+    )
+    _finish(axes, results, i)
+
+
+def draw_scale(figure: Figure, axes: Axes, results: SweepResults, norm: Normalize) -> None:
+    """The colour bar, with uniform attention marked."""
+    vertical = axes.get_position().height * figure.get_figheight() > (
+        axes.get_position().width * figure.get_figwidth()
+    )
+    bar = figure.colorbar(
+        ScalarMappable(norm, MAP), axes, orientation="vertical" if vertical else "horizontal"
+    )
+    uniform = 1 / (results.grid[0] * results.grid[1])
+    bar.set_ticks([0, uniform, float(norm.vmax or 1)])
+    bar.set_ticklabels(["0", f"uniform {number(uniform)}", number(float(norm.vmax or 1))])
+    bar.ax.tick_params(length=2, labelsize=6.5)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+
+def pixels(results: SweepResults, i: int) -> UInt8[np.ndarray, "s s 3"]:
+    return results.gallery_pixels[i].transpose(1, 2, 0)
+
+
+def _extent(results: SweepResults) -> tuple[float, float, float, float]:
+    side = results.gallery_pixels.shape[-1]
+    return 0, side, side, 0
+
+
+def _finish(axes: Axes, results: SweepResults, i: int) -> None:
+    side = results.gallery_pixels.shape[-1]
+    halo = [patheffects.withStroke(linewidth=2.4, foreground="black")]
+    for _, left, top, right, bottom in results.gallery_boxes[results.gallery_boxes[:, 0] == i]:
+        box = Rectangle((left, top), right - left, bottom - top, fill=False)
+        box.set(edgecolor="white", linewidth=1.1, path_effects=halo, joinstyle="miter")
+        axes.add_patch(box)
+    axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
+    """Every picture shown beside the head's attention on it, its in-box mass and its split below.
+
+    With no picture in the results the figure says so.
+    """
+    total = shown(results)
+    rows = -(-total // COLUMNS)
+    width = COLUMNS * (2 * _SIDE + _GAP) + 0.3 - _GAP
+    with themed(theme):
+        figure = Figure(figsize=(width, 1.05 + rows * (_SIDE + _BELOW)))
+        write(figure, 0.15, 0.12, f"Attention of {head} on the pictures", size=10.5, weight="bold")
+        below = f"{subject(results)}, {results.manifest['data']['name']}, {attention_of(results)}"
+        write(figure, 0.15, 0.36, below, size=8, color=theme.muted)
+        if total == 0:
+            write(figure, 0.15, 0.66, caption(results, head), size=8)
+            return figure
+        norm = scale(results, [head])
+        draw_scale(figure, place(figure, width - 2.3, 0.3, 2.0, 0.1), results, norm)
+        write(figure, width - 2.3, 0.12, "attention of a patch", size=6.5, color=theme.muted)
+        for i in range(total):
+            left = 0.15 + (i % COLUMNS) * (2 * _SIDE + _GAP)
+            top = 0.8 + (i // COLUMNS) * (_SIDE + _BELOW)
+            draw_picture(place(figure, left, top, _SIDE, _SIDE), results, i)
+            draw_attention(
+                place(figure, left + _SIDE, top, _SIDE, _SIDE), results, head, i, norm
+            )
+            name, split = facts(results, i)
+            inside, area = number(mass(results, head, i)), number(box_area(results, i))
+            write(figure, left, top + _SIDE + 0.05, f"in-box mass {inside}, area {area}", size=7)
+            under = f"{split}, {name}"
+            write(figure, left, top + _SIDE + 0.19, under, size=6, color=theme.muted)
+    return figure
+
+
+def caption(results: SweepResults, head: Head) -> str:
+    """What the gallery shows, its colour scale and how its pictures were come by."""
+    total = shown(results)
+    if total == 0:
+        return f"No pictures of {head}: the sweep kept none (--gallery 0)."
+    first = np.array_equal(results.gallery_rows[:total], np.arange(total))
+    chosen = "the first" if first else "a choice"
+    return (
+        f"Attention of {head} on {count(total)} pictures, {chosen} of the "
+        f"{plural(len(results.image_ids), 'scored picture')} in the data's order, not picked by "
+        f"score. Each pair: pixels as the tower saw them with their boxes, then the same in grey "
+        f"under the attention, patches drawn as they are (nearest neighbour, {OPACITY:.0%} opaque). "
+        f"One colour scale for all, 0 to {number(float(scale(results, [head]).vmax or 0))} of the "
+        f"attention to patches. In-box mass is this picture's; area is what uniform attention "
+        f"would have."
+    )

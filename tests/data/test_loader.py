@@ -1,0 +1,94 @@
+import hashlib
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from superclip.data.batch import Record
+from superclip.data.geometry import BadPicture
+from superclip.data.loader import Preprocess, StepSampler, TrainRows, limited, train_batches
+from superclip.data.order import Order
+from superclip.data.scenes import Scenes
+from superclip.errors import UserError
+
+PREPROCESS = Preprocess(48, "crop", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def tokenize(text):
+    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], np.int32).astype(np.int64)
+
+
+def digest_of_steps(rows, order, ranks, workers, steps, epoch=1):
+    """One hash a step of the global batch, whatever its cut over ranks and workers."""
+    per_rank = 12 // ranks
+    parts = []
+    for rank in range(ranks):
+        sampler = StepSampler(order, epoch, 0, per_rank, rank, ranks)
+        batches = islice(train_batches(rows, sampler, workers, False), steps)
+        parts.append([b for b, _ in batches])
+    found = []
+    for step in zip(*parts):
+        whole = [
+            np.concatenate([getattr(b, name).numpy() for b in step])
+            for name in ("images", "tokens", "image_ids", "caption_ids")
+        ]
+        found.append(hashlib.sha256(b"".join(w.tobytes() for w in whole)).hexdigest())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_global_batches_do_not_depend_on_ranks_and_workers(ranks, workers):
+    source = Scenes("train", 60)
+    rows = TrainRows(source, PREPROCESS, tokenize, 3, (0.5, 1.0))
+    order = Order(source.shard_sizes, 3)
+    expected = digest_of_steps(rows, order, 1, 0, 3)
+    assert len(set(expected)) == 3
+    assert digest_of_steps(rows, order, ranks, workers, 3) == expected
+
+
+def test_an_epoch_can_be_entered_at_any_step():
+    source = Scenes("train", 60)
+    rows = TrainRows(source, PREPROCESS, tokenize, 0, (1.0, 1.0))
+    order = Order(source.shard_sizes, 0)
+    whole = [b for b, _ in train_batches(rows, StepSampler(order, 0, 0, 12, 0, 1), 0, False)]
+    rest = [b for b, _ in train_batches(rows, StepSampler(order, 0, 3, 12, 0, 1), 0, False)]
+    assert len(whole) == 5 and len(rest) == 2
+    assert (whole[3].images == rest[0].images).all() and (whole[4].tokens == rest[1].tokens).all()
+
+
+class Damaged:
+    """Scenes of which some rows can't be read."""
+
+    def __init__(self, bad):
+        self.inner, self.bad = Scenes("train", 40), bad
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def read(self, row) -> Record:
+        if row in self.bad:
+            raise BadPicture(f"row {row}")
+        return self.inner.read(row)
+
+
+def test_unreadable_picture_is_replaced_with_its_ids_and_counted():
+    rows = TrainRows(Damaged({5}), PREPROCESS, tokenize, 0, (1.0, 1.0))  # pyright: ignore
+    pair = rows[(0, 5)]
+    assert pair["image_id"] != 5 and len(pair["causes"]) == 1
+    other = rows[(0, pair["image_id"])]
+    assert (pair["image"] == other["image"]).all() and (pair["tokens"] == other["tokens"]).all()
+    assert rows[(0, 5)]["image_id"] == pair["image_id"], "the substitute is a function of the row"
+    assert rows[(0, 6)]["image_id"] == 6
+
+
+def test_data_without_a_readable_picture_stops():
+    rows = TrainRows(Damaged(set(range(40))), PREPROCESS, tokenize, 0, (1.0, 1.0))  # pyright: ignore
+    with pytest.raises(UserError, match="substitutes can't be read"):
+        rows[(0, 5)]
+
+
+def test_limited_cuts_the_last_shard():
+    assert limited((4, 4, 4), 6, "x") == (4, 2)
+    with pytest.raises(UserError, match="only 12 pictures"):
+        limited((4, 4, 4), 13, "x")

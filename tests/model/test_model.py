@@ -1,0 +1,173 @@
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from superclip.errors import UserError
+from superclip.model.factory import (
+    activation_name,
+    build_clip,
+    load_pretrained,
+    model_config,
+    preprocess_for,
+    special_ids,
+    tokenizer,
+)
+from superclip.model.superclip import SuperCLIP, TokenHead
+from superclip.model.weights import load_checkpoint, newest_checkpoint, read_tensors, state_sha256
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return build_clip(model_config("scenes-vit")).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
+    return images, tokenizer(model_config("scenes-vit"))(["a red cup", "a blue anchor in the snow"])
+
+
+def test_features_are_open_clips_own(clip, inputs):
+    images, tokens = inputs
+    pixels = (images / 255 - 0.5) / 0.5
+    expected = clip(pixels, tokens)
+    for head in (None, TokenHead(128, 49408)):
+        out = SuperCLIP(clip, MEAN, STD, head)(images, tokens)
+        torch.testing.assert_close(out.image_features, expected["image_features"])
+        torch.testing.assert_close(out.text_features, expected["text_features"])
+        torch.testing.assert_close(out.scale, expected["logit_scale"])
+
+
+def test_head_reads_the_mean_patch_after_the_final_norm(clip, inputs):
+    images, tokens = inputs
+    head = TokenHead(128, 49408)
+    out = SuperCLIP(clip, MEAN, STD, head)(images, tokens)
+    seen = []
+    handle = clip.visual.ln_post.register_forward_hook(lambda m, i, o: seen.append(o))
+    clip.encode_image((images / 255 - 0.5) / 0.5)
+    handle.remove()
+    expected = head.norm(seen[0][:, 1:].mean(1))
+    torch.testing.assert_close(out.token_hidden, expected)
+    torch.testing.assert_close(head.linear(out.token_hidden), head(seen[0][:, 1:].mean(1)))
+
+
+def test_pooled_head_reads_the_projected_feature(clip, inputs):
+    images, tokens = inputs
+    out = SuperCLIP(clip, MEAN, STD, TokenHead(128, 49408, "pooled"))(images, tokens)
+    torch.testing.assert_close(out.token_hidden, clip.encode_image((images / 255 - 0.5) / 0.5))
+
+
+def test_equal_seeds_give_equal_weights_whatever_was_drawn_before():
+    config = model_config("scenes-vit")
+    first = state_sha256(build_clip(config, 3).state_dict())
+    torch.rand(5)
+    assert state_sha256(build_clip(config, 3).state_dict()) == first
+    assert state_sha256(build_clip(config, 4).state_dict()) != first
+
+
+def test_special_ids_are_padding_start_and_end(inputs):
+    _, tokens = inputs
+    pad, start, end = special_ids(tokenizer(model_config("scenes-vit")))
+    assert (tokens[:, 0] == start).all() and (tokens == end).any(1).all() and tokens[0, -1] == pad
+
+
+def test_quickgelu_mismatch_names_the_right_model(clip):
+    with pytest.raises(UserError, match="use --model ViT-B-32-quickgelu"):
+        load_pretrained(clip, "ViT-B-32", model_config("ViT-B-32"), "openai")
+    with pytest.raises(UserError, match="neither a file nor a tag .* did you mean 'openai'"):
+        load_pretrained(clip, "ViT-B-32-quickgelu", model_config("ViT-B-32-quickgelu"), "openia")
+
+
+def test_activation_is_recorded(clip):
+    config = model_config("scenes-vit") | {"quick_gelu": True}
+    assert activation_name(clip.visual) == "GELU"
+    assert activation_name(build_clip(config).visual) == "QuickGELU"
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'ViT-B-32-quickgelu'"):
+        model_config("ViT-B-32-quickgel")
+    with pytest.raises(UserError, match="captioning models"):
+        model_config("coca_ViT-B-32")
+
+
+def test_preprocessing_defaults_are_openais():
+    found = preprocess_for(model_config("scenes-vit"), "squash")
+    assert (found.size, found.mode, found.mean) == (80, "squash", open_clip.OPENAI_DATASET_MEAN)
+
+
+def test_checkpoint_opens_in_plain_open_clip(tiny_run, inputs, tmp_path):
+    """The weights are exactly open_clip's; our own JSON models open by configuration."""
+    images, tokens = inputs
+    found = load_checkpoint(tiny_run / "final_epoch.pt")
+    plain = open_clip.CLIP(**found.model_config)
+    open_clip.load_checkpoint(plain, str(tiny_run / "final_epoch.pt"), weights_only=True)
+    plain.eval()
+    pixels = found.model.normalise(images)
+    with torch.no_grad():
+        expected = plain.encode_image(pixels, normalize=True)
+        torch.testing.assert_close(found.model.encode_image(images), expected)
+        expected = plain.encode_text(tokens, normalize=True)
+        torch.testing.assert_close(found.model.encode_text(tokens), expected)
+    assert set(found.facts) >= {"activation", "init_sha256", "data_sha256", "commit"}
+
+
+TRAP = Path(tempfile.gettempdir()) / f"superclip-trap-{os.getpid()}"
+
+
+class Trap:
+    def __reduce__(self):
+        return (Path.touch, (TRAP,))
+
+
+def test_pickled_objects_are_refused_and_never_run(tmp_path):
+    path = tmp_path / "trap.pt"
+    torch.save({"state_dict": Trap()}, path)
+    with pytest.raises(UserError, match="refused, nothing in it was run"):
+        read_tensors(path)
+    assert not TRAP.exists()
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError):
+        read_tensors(tmp_path / "raw.pt")
+    assert not TRAP.exists()
+
+
+def test_damaged_checkpoints_get_one_line(tiny_run, tmp_path):
+    whole = (tiny_run / "final_epoch.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / "cut.pt")
+    with pytest.raises(UserError, match="does not exist"):
+        load_checkpoint(tmp_path / "none.pt")
+    content = read_tensors(tiny_run / "final_epoch.pt")
+    torch.save(content | {"schema": 99}, tmp_path / "new.pt")
+    with pytest.raises(UserError, match="schema 99"):
+        load_checkpoint(tmp_path / "new.pt")
+    other = build_clip(model_config("small-vit")).state_dict()
+    torch.save(content | {"state_dict": other}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="another architecture"):
+        load_checkpoint(tmp_path / "other.pt")
+    torch.save({"state_dict": other}, tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="need --model NAME"):
+        load_checkpoint(tmp_path / "plain.pt")
+
+
+def test_newest_checkpoint_is_numeric(tmp_path):
+    (tmp_path / "run.json").write_text('{"steps_per_epoch": 10}')
+    for name in ("epoch_9.pt", "epoch_10.pt", "epoch_2.pt", "step_95.pt"):
+        (tmp_path / name).touch()
+    assert newest_checkpoint(tmp_path).name == "epoch_10.pt"
+    (tmp_path / "step_101.pt").touch()
+    assert newest_checkpoint(tmp_path).name == "step_101.pt"
+    (tmp_path / "final_epoch.pt").touch()
+    assert newest_checkpoint(tmp_path).name == "final_epoch.pt"
+    with pytest.raises(UserError, match="no checkpoint"):
+        newest_checkpoint(tmp_path / "empty")

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+from conftest import command, refused
+
+WORDS = "superclip.train --train-num-samples 256 --batch-size 32 --head-vocab seen --log-every 1"
+
+
+def train(out, *more):
+    done = command(*WORDS.split(), "--out", str(out), *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, "--save-every", "5")
+    return out
+
+
+def test_a_run_cut_short_goes_on_bit_for_bit(undisturbed, tmp_path):
+    """Keep only what a run killed after its checkpoint of step 5 would have left behind."""
+    cut = tmp_path / "run"
+    cut.mkdir()
+    for name in ("run.json", "step_5.pt"):
+        (cut / name).write_bytes((undisturbed / name).read_bytes())
+    lines = (undisturbed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:7]) + '{"step": 8, "lo')  # two steps too many
+    assert "resuming from step_5.pt" in train(cut, "--save-every", "5")
+    a, b = (torch.load(d / "epoch_1.pt", weights_only=True) for d in (undisturbed, cut))
+    for part in ("state_dict", "token_head"):
+        _equal(a[part], b[part])
+    _equal(a["training"], b["training"])
+    assert (cut / "metrics.jsonl").read_text() == "".join(lines)
+
+
+def _equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            _equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            _equal(x, y)
+    else:
+        assert a == b
+
+
+def test_a_finished_run_says_so(undisturbed):
+    before = (undisturbed / "final_epoch.pt").stat().st_mtime_ns
+    assert "finished" in train(undisturbed, "--save-every", "5")
+    assert (undisturbed / "final_epoch.pt").stat().st_mtime_ns == before
+
+
+def test_another_run_in_the_folder_is_refused_with_the_differences(undisturbed):
+    line = refused(*WORDS.split(), "--out", str(undisturbed), "--lr", "1e-3")
+    assert "lr: None -> 0.001" in line and "--overwrite" in line
+
+
+def test_overwrite_starts_anew(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("run.json", "final_epoch.pt", "metrics.jsonl"):
+        (out / name).write_bytes((undisturbed / name).read_bytes())
+    (out / "notes.txt").write_text("mine")
+    train(out, "--lr", "1e-3", "--overwrite")
+    assert json.loads((out / "run.json").read_text())["config"]["optim"]["lr"] == 1e-3
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_the_run_is_recorded(undisturbed):
+    record = json.loads((undisturbed / "run.json").read_text())
+    assert record["config"]["precision"] in ("fp32", "amp_bf16")
+    assert {"command", "commit", "versions", "threads", "init_sha256"} <= record.keys()
+    metrics = [json.loads(x) for x in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 9))
+    assert metrics[-1].keys() >= {"val_i2t_R@1", "val_t2i_median_rank"}
