@@ -151,7 +151,8 @@ def render(report: dict[str, Any]) -> str:
                 f"chance {100 * accuracy['chance']:.1f}, n = {accuracy['n']} one-object scenes"
             )
     lines.append(
-        "intervals: bootstrap over pictures of this one model; they hold no spread over seeds"
+        "ties (identical captions) count against the model; intervals: bootstrap over pictures of "
+        "this one model, without any spread over seeds"
     )
     return "\n".join(lines)
 

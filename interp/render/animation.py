@@ -21,6 +21,8 @@ from interp.render.gallery import (
     facts,
     mass,
     scale,
+    scale_colours,
+    scale_words,
     shown,
 )
 from interp.render.words import attention_of, evidence, number, plural, subject
@@ -82,6 +84,7 @@ def frame(
             write(figure, 0.15 + k * 2.75, 0.5, above, size=9, weight="bold" if k else "normal")
             write(figure, 0.15 + k * 2.75, 3.38, "\n".join(under), size=7.5, linespacing=1.35)
         draw_scale(figure, place(figure, 8.35, 0.72, 0.1, 2.6), results, norm)
+        write(figure, 8.75, 0.16, scale_words(results), size=7, ha="right", color=LIGHT.muted)
     return figure
 
 
@@ -133,8 +136,11 @@ def _pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
 def _one_palette(
     pictures: list[UInt8[np.ndarray, "height width 3"]],
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """The frames in 256 colours chosen over all of them together."""
-    sheet = Image.fromarray(np.concatenate([p[::2, ::2] for p in pictures]))
+    """The frames in 256 colours chosen over all of them, the colour scale among them."""
+    sample = np.concatenate([picture[::2, ::2] for picture in pictures])
+    strip = (255 * scale_colours()).astype(np.uint8)[np.arange(sample.shape[1]) % 256]
+    weight = np.broadcast_to(strip, (len(sample) // 10, *strip.shape))
+    sheet = Image.fromarray(np.concatenate([sample, weight]))
     palette = sheet.quantize(256, Image.Quantize.MEDIANCUT)
     return [
         np.asarray(

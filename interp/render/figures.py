@@ -36,12 +36,12 @@ def heat_map(results: SweepResults, findings: Findings, theme: Theme = LIGHT) ->
     values = findings.verdict.band.estimate
     layers, heads = values.shape
     wide, high = float(np.clip(5.6 / heads, 0.36, 0.9)), float(np.clip(5.2 / layers, 0.3, 0.5))
-    width, height = max(wide * heads + 1.6, 5.2), high * layers + 1.75
+    width, height = max(wide * heads + 1.6, 5.2), high * layers + 1.6
     with themed(theme):
         figure = Figure(figsize=(width, height))
         _title(figure, results, "Excess attention on the objects", theme)
         left = (width - wide * heads - 0.5) / 2
-        axes = place(figure, left, 0.85, wide * heads, high * layers)
+        axes = place(figure, left, 0.7, wide * heads, high * layers)
         limit = float(np.abs(values).max()) or 1.0
         image = axes.imshow(values, MAP, Normalize(-limit, limit), aspect="auto")
         axes.set_xticks(range(heads), [f"H{i}" for i in range(heads)])
@@ -75,11 +75,11 @@ def heat_map(results: SweepResults, findings: Findings, theme: Theme = LIGHT) ->
             )
         )
         bar = figure.colorbar(
-            image, cax=place(figure, left + wide * heads + 0.12, 0.85, 0.12, high * layers)
+            image, cax=place(figure, left + wide * heads + 0.12, 0.7, 0.12, high * layers)
         )
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         bar.ax.tick_params(length=2, labelsize=7)
-        write(figure, 0.15, height - 0.56, heat_map_marks(findings), size=7.5, linespacing=1.5)
+        write(figure, 0.15, height - 0.53, heat_map_marks(findings), size=7.5, linespacing=1.5)
     return figure
 
 
@@ -109,7 +109,7 @@ def layers_plot(results: SweepResults, findings: Findings, theme: Theme = LIGHT)
     with themed(theme):
         figure = Figure(figsize=(width, height))
         _title(figure, results, "Heads of each layer against the baselines", theme)
-        axes = place(figure, 0.6, 0.8, width - 2.95, height - 1.65)
+        axes = place(figure, 0.75, 0.7, width - 3.1, height - 1.55)
         axes.set_xlim(-0.5, layers - 0.5)
         axes.set_ylim(bottom - pad, top + pad)
         for value, name in inside:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -73,9 +74,12 @@ def draw_picture(axes: Axes, results: SweepResults, i: int) -> None:
 
 
 def draw_attention(axes: Axes, results: SweepResults, head: Head, i: int, norm: Normalize) -> None:
-    """The picture in grey under a head's attention; a patch is one square of constant colour."""
+    """The picture in grey under a head's attention; a patch is one square of constant colour.
+
+    Grey keeps to the middle half, lest a bright picture be read as more attention.
+    """
     grey = pixels(results, i) @ np.array([0.299, 0.587, 0.114])
-    axes.imshow(grey, "gray", vmin=0, vmax=255, extent=_extent(results))
+    axes.imshow(grey, "gray", vmin=-128, vmax=383, extent=_extent(results))
     axes.imshow(
         attention(results, head, i),
         MAP,
@@ -87,19 +91,27 @@ def draw_attention(axes: Axes, results: SweepResults, head: Head, i: int, norm: 
     _finish(axes, results, i)
 
 
+def scale_colours() -> Float[np.ndarray, "256 3"]:
+    """The map as it looks over middle grey, which is how the colour bar shows it."""
+    colours = matplotlib.colormaps[MAP](np.linspace(0, 1, 256))[:, :3]
+    return OPACITY * colours + (1 - OPACITY) * 0.5
+
+
 def draw_scale(figure: Figure, axes: Axes, results: SweepResults, norm: Normalize) -> None:
-    """The colour bar, with uniform attention marked."""
-    vertical = axes.get_position().height * figure.get_figheight() > (
-        axes.get_position().width * figure.get_figwidth()
-    )
-    bar = figure.colorbar(
-        ScalarMappable(norm, MAP), axes, orientation="vertical" if vertical else "horizontal"
-    )
+    """The colour bar, from 0 to the largest attention, with a tick at uniform attention."""
+    box, (across, down) = axes.get_position(), figure.get_size_inches()
+    upright = box.height * down > box.width * across
+    shades = ScalarMappable(norm, ListedColormap(scale_colours().tolist()))
+    bar = figure.colorbar(shades, axes, orientation="vertical" if upright else "horizontal")
     uniform = 1 / (results.grid[0] * results.grid[1])
     bar.set_ticks([0, uniform, float(norm.vmax or 1)])
-    bar.set_ticklabels(["0", f"uniform {number(uniform)}", number(float(norm.vmax or 1))])
-    bar.ax.tick_params(length=2, labelsize=6.5)
+    bar.set_ticklabels(["0", "", number(float(norm.vmax or 1))])
+    bar.ax.tick_params(length=3, labelsize=6.5, color=matplotlib.rcParams["text.color"])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+
+def scale_words(results: SweepResults) -> str:
+    return f"attention of a patch; tick: uniform {number(1 / (results.grid[0] * results.grid[1]))}"
 
 
 def pixels(results: SweepResults, i: int) -> UInt8[np.ndarray, "s s 3"]:
@@ -140,7 +152,7 @@ def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
             return figure
         norm = scale(results, [head])
         draw_scale(figure, place(figure, width - 2.3, 0.3, 2.0, 0.1), results, norm)
-        write(figure, width - 2.3, 0.12, "attention of a patch", size=6.5, color=theme.muted)
+        write(figure, width - 2.3, 0.14, scale_words(results), size=6.5, color=theme.muted)
         for i in range(total):
             left = 0.15 + (i % COLUMNS) * (2 * _SIDE + _GAP)
             top = 0.8 + (i // COLUMNS) * (_SIDE + _BELOW)

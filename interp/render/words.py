@@ -45,6 +45,10 @@ def count(value: int) -> str:
     return f"{value:,}".replace(",", "\u202f")
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def p_value(p: float) -> str:
     return f"{p:.4g}"
 
@@ -223,10 +227,10 @@ def _stability(findings: Findings) -> str:
     at = findings.champion.layer, findings.champion.index
     verdict = findings.verdict
     return (
-        f"It ranks first in {verdict.p_first[at]:.0%} and among the first five in "
-        f"{verdict.p_top[at]:.0%} of the resamples of discovery. Its excess there was "
-        f"{number(float(verdict.discovery.mean[at]), 4)}, so it shrank by "
-        f"{number(verdict.shrinkage, 4)}. {span(findings.class_mass)} of its attention stays on "
+        f"It ranks first in {percent(verdict.p_first[at])} and among the first five in "
+        f"{percent(verdict.p_top[at])} of the resamples of discovery. Its excess there was "
+        f"{number(float(verdict.discovery.mean[at]), 4)} (shrinkage "
+        f"{number(verdict.shrinkage, 4)}). {span(findings.class_mass)} of its attention stays on "
         f"the class token, and {span(findings.sink_mass)} of the rest falls on sinks."
     )
 

@@ -247,26 +247,30 @@ def retrieval_ceilings(
 ) -> dict[str, dict[int, float]]:
     """What image-to-text R@k can reach in a pool of N pictures with one caption each.
 
-    A model that knows all that a caption says, but can't tell apart the g captions with equal
+    A model that knows all that a picture shows, but can't tell apart the g captions with equal
     content, ranks the right one uniformly among the first g: it is within k with probability
-    min(k, g) / g.
+    min(k, g) / g. The prefix ("a drawing of") is no content, because no picture shows it.
 
     Returns:
         Shares in [0, 1] by k. "chance": content is not looked at (g = N). "category_blind":
-        captions without their category words; above it a model must know categories.
-        "caption_collision": captions as they are; nothing is above it in expectation.
-        Both are generous: they credit a model with words that no picture shows (the prefix).
+        content without category words; above it a model must know categories.
+        "caption_collision": all content; nothing is above it in expectation.
     """
 
     def ceiling(contents: Sequence[str]) -> dict[int, float]:
         sizes = Counter(contents).values()
         return {k: sum(min(k, g) for g in sizes) / len(contents) for k in ks}
 
-    blind = [" ".join(w for w in text.split() if w not in CATEGORIES) for text in captions]
+    prefixes = [prefix for prefix in PREFIXES if prefix]
+    shown = []
+    for text in captions:
+        named = next((p for p in prefixes if text.startswith(p)), "")
+        shown.append(text.removeprefix(named).strip())
+    blind = [" ".join(w for w in text.split() if w not in CATEGORIES) for text in shown]
     return {
         "chance": ceiling([""] * len(captions)),
         "category_blind": ceiling(blind),
-        "caption_collision": ceiling(captions),
+        "caption_collision": ceiling(shown),
     }
 
 

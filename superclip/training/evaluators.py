@@ -93,13 +93,14 @@ class Encoder:
 
     @torch.no_grad()
     def texts(self, model: SuperCLIP, texts: Sequence[str]) -> Float[Tensor, "m d"]:
-        """Unit vectors of texts."""
+        """Unit vectors of texts; equal texts get equal bits, so that they tie exactly."""
+        unique = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+        tokens = torch.from_numpy(np.stack([self.tokenize(t) for t in unique])).to(self.device)
         parts = []
-        for start in range(0, len(texts), 256):
-            tokens = np.stack([self.tokenize(t) for t in texts[start : start + 256]])
+        for chunk in tokens.split(256):
             with autocast(self.precision, self.device):
-                parts.append(model.encode_text(torch.from_numpy(tokens).to(self.device)).float())
-        return torch.cat(parts)
+                parts.append(model.encode_text(chunk).float())
+        return torch.cat(parts)[[unique[text] for text in texts]]
 
     @torch.no_grad()
     def encode(

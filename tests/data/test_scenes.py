@@ -277,20 +277,21 @@ def naive_ceiling(contents, k):
 
 
 def test_ceilings_equal_the_average_over_all_tie_breaks():
-    captions = ["a red cup", "a red sun", "a red cup", "a blue cup", "a red star at night"]
+    shown = ["a red cup", "a red sun", "a red cup", "a blue cup", "a red star at night"]
+    captions = ["a drawing of a red cup", *shown[1:3], "a picture of a blue cup", shown[4]]
     blind = ["a red", "a red", "a red", "a blue", "a red at night"]
     ceilings = retrieval_ceilings(captions, ks=(1, 2, 5))
     for k in (1, 2, 5):
         assert ceilings["chance"][k] == pytest.approx(naive_ceiling(["same"] * 5, k))
         assert ceilings["category_blind"][k] == pytest.approx(naive_ceiling(blind, k))
-        assert ceilings["caption_collision"][k] == pytest.approx(naive_ceiling(captions, k))
+        assert ceilings["caption_collision"][k] == pytest.approx(naive_ceiling(shown, k))
     assert ceilings["category_blind"][1] == pytest.approx(3 / 5)
 
 
 def test_ceilings_of_a_pool_leave_room_for_categories(sample):
     pool = retrieval_ceilings([scene.caption for scene in sample[:500]])
     assert pool["chance"][1] == pytest.approx(1 / 500)
-    assert pool["category_blind"][1] < 0.6 < 0.85 < pool["caption_collision"][1] < 1
+    assert pool["category_blind"][1] < 0.45 < 0.7 < pool["caption_collision"][1] < 1
 
 
 def test_coco_export_reads_back(tmp_path):

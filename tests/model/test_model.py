@@ -82,7 +82,7 @@ def test_special_ids_are_padding_start_and_end(inputs):
 def test_quickgelu_mismatch_names_the_right_model(clip):
     with pytest.raises(UserError, match="use --model ViT-B-32-quickgelu"):
         load_pretrained(clip, "ViT-B-32", model_config("ViT-B-32"), "openai")
-    with pytest.raises(UserError, match="neither a file nor a tag .* did you mean 'openai'"):
+    with pytest.raises(UserError, match="did you mean 'openai'"):
         load_pretrained(clip, "ViT-B-32-quickgelu", model_config("ViT-B-32-quickgelu"), "openia")
 
 

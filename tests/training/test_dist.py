@@ -1,4 +1,4 @@
-"""Gloo processes against one process: exact gradients, equal weights. Three ranks show order effects."""
+"""Gloo processes against one process; three ranks show order effects that two hide."""
 
 import os
 import subprocess
