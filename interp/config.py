@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from superclip.errors import UserError
 
 Kind = Literal["class", "patches"]
@@ -117,3 +119,18 @@ class AblateConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
         if self.sets < 0:
             raise UserError("--sets must not be negative")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `interp.report` shows."""
+
+    results: Positional[tuple[Path, ...]] = ()
+    """Folders of sweeps, one or several. Default: the newest sweep under logs/."""
+    out: Path | None = None
+    """The page. Default: report.html in the folder of the sweep, or above the folders of several.
+    The pictures are written beside it."""
+    challenger: str | None = None
+    """The head set against the champion, as L11H5. Default: the second of discovery."""
+    overwrite: bool = False
+    """Replace a page and pictures that stand there."""

@@ -65,26 +65,21 @@ def _names(cls: Any) -> list[str]:
 
 
 def _one_line(text: str, known: Sequence[str]) -> str:
-    """The first sentence of tyro's box, with the nearest known flag where one is unknown."""
-    lines = [re.sub(r"[─-╿]", " ", line).strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    body = [
-        line
-        for line in lines
-        if not re.match(r"(Parsing error|Unrecognized options?|Invalid choice)$", line)
-    ]
-    message = " ".join(body[:2]) if body else "the flags could not be read; see --help"
-    unknown = re.search(
-        r"(?:nrecognized\D*?options?|nrecognized arguments)\W+(--[\w-]+)", " ".join(lines)
+    """The message in tyro's box as one line, with the nearest known flag where one is unknown."""
+    lines = [line.strip("│ ").rstrip() for line in text.splitlines() if line.startswith("│")]
+    rule = next((k for k, line in enumerate(lines) if line.startswith("───")), len(lines))
+    message = " ".join(" ".join(lines[:rule]).split())
+    if "nrecognized" in message:
+        words = re.sub(r"^.*?options: |\(applied to [^)]*\)|Arguments are applied.*", "", message)
+        flag = words.replace(",", " ").split()[0]
+        hint = nearest(flag.lstrip("-").replace("-", "_"), known).replace("_", "-")
+        return f"unknown option {flag}; {hint}"
+    if message.startswith("Missing from"):
+        missing = re.findall(r"--[\w-]+|\{[\w,]+\}", message)
+        return f"required: {', '.join(missing) or message}; see --help"
+    return (
+        re.sub(r"^Error parsing \w+: (?=--)", "", message) or "the flags can't be read; see --help"
     )
-    if unknown:
-        name = unknown[1].removeprefix("--").replace("-", "_")
-        hint = nearest(name, known).replace("_", "-") if known else "see --help"
-        return f"unknown option {unknown[1]}; {hint}"
-    message = re.sub(
-        r"^(Value error|Missing argument|Parsing error|Invalid choice) +(?=[A-Z])", "", message
-    )
-    return re.sub(r"\s+", " ", re.sub(r"^Error parsing \w+: (?=--)", "", message))
 
 
 def recipes() -> dict[str, Path]:

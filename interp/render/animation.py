@@ -93,14 +93,14 @@ def frames(
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
     """One frame a picture of the gallery, all on one colour scale."""
     norm = scale(results, [findings.champion, challenger])
-    return [
-        _pixels(frame(results, findings, challenger, i, norm)) for i in range(shown(results))
-    ]
+    return [_pixels(frame(results, findings, challenger, i, norm)) for i in range(shown(results))]
 
 
-def gif(pictures: list[UInt8[np.ndarray, "height width 3"]], largest: int = LARGEST) -> bytes:
-    """An endless GIF of at most `largest` bytes; where it would be larger, last frames are left
-    out.
+def gif(
+    pictures: list[UInt8[np.ndarray, "height width 3"]], largest: int = LARGEST
+) -> tuple[bytes, int]:
+    """An endless GIF of at most `largest` bytes, and its number of frames: where it would be
+    larger, the last ones are left out.
 
     All frames share one palette of 256 colours, so a colour means the same in each of them.
     """
@@ -110,8 +110,9 @@ def gif(pictures: list[UInt8[np.ndarray, "height width 3"]], largest: int = LARG
             "<bytes>", np.stack(indexed), extension=".gif", duration=MILLISECONDS, loop=0
         )
         if len(encoded) <= largest or len(indexed) == 1:
-            return encoded
-        indexed = indexed[: min(len(indexed) - 1, int(len(indexed) * largest / len(encoded)))]
+            return encoded, len(indexed)
+        fitting = len(indexed) * largest // len(encoded)
+        indexed = indexed[: max(1, min(len(indexed) - 1, fitting))]
 
 
 def caption(results: SweepResults, findings: Findings, challenger: Head, kept: int) -> str:
@@ -120,7 +121,7 @@ def caption(results: SweepResults, findings: Findings, challenger: Head, kept: i
     total = len(results.gallery_rows)
     return (
         f"Champion {findings.champion} and challenger {challenger} on the same "
-        f"{plural(kept, 'picture')} (of {total} kept by the sweep), {MILLISECONDS / 1000:g} seconds "
+        f"{plural(kept, 'picture')} (of {total} kept by the sweep), {MILLISECONDS / 1000:g} s "
         f"each, on one colour scale from 0 to {number(float(norm.vmax or 0))} of the attention to "
         "patches. Patches are drawn as they are (nearest neighbour)."
     )

@@ -132,7 +132,9 @@ def layers_plot(results: SweepResults, findings: Findings, theme: Theme = LIGHT)
         axes.tick_params(axis="y", length=2)
         axes.set_ylabel("validation excess")
         axes.spines[["top", "right"]].set_visible(False)
-        write(figure, 0.15, height - 0.58, _layers_marks(findings, beyond), size=7.5, linespacing=1.5)
+        write(
+            figure, 0.15, height - 0.58, _layers_marks(findings, beyond), size=7.5, linespacing=1.5
+        )
     return figure
 
 

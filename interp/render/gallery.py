@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from interp.heads import Head
 from interp.render.canvas import LIGHT, Theme, place, themed, write
-from interp.render.words import attention_of, count, number, plural, subject
+from interp.render.words import attention_of, count, number, percent, plural, subject
 from interp.results import SweepResults
 
 MOST = 24
@@ -157,9 +157,7 @@ def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
             left = 0.15 + (i % COLUMNS) * (2 * _SIDE + _GAP)
             top = 0.8 + (i // COLUMNS) * (_SIDE + _BELOW)
             draw_picture(place(figure, left, top, _SIDE, _SIDE), results, i)
-            draw_attention(
-                place(figure, left + _SIDE, top, _SIDE, _SIDE), results, head, i, norm
-            )
+            draw_attention(place(figure, left + _SIDE, top, _SIDE, _SIDE), results, head, i, norm)
             name, split = facts(results, i)
             inside, area = number(mass(results, head, i)), number(box_area(results, i))
             write(figure, left, top + _SIDE + 0.05, f"in-box mass {inside}, area {area}", size=7)
@@ -178,9 +176,9 @@ def caption(results: SweepResults, head: Head) -> str:
     return (
         f"Attention of {head} on {count(total)} pictures, {chosen} of the "
         f"{plural(len(results.image_ids), 'scored picture')} in the data's order, not picked by "
-        f"score. Each pair: pixels as the tower saw them with their boxes, then the same in grey "
-        f"under the attention, patches drawn as they are (nearest neighbour, {OPACITY:.0%} opaque). "
-        f"One colour scale for all, 0 to {number(float(scale(results, [head]).vmax or 0))} of the "
-        f"attention to patches. In-box mass is this picture's; area is what uniform attention "
-        f"would have."
+        "score. Each pair: pixels as the tower saw them with their boxes, then the same in grey "
+        f"under the attention, patches drawn as they are (nearest neighbour, {percent(OPACITY)} "
+        f"opaque). One colour scale for all, 0 to {number(float(scale(results, [head]).vmax or 0))} of the "
+        "attention to patches. In-box mass is this picture's; area is what uniform attention "
+        "would have."
     )

@@ -200,8 +200,8 @@ def _pixels(rows: Sequence[Baseline]) -> str:
     best = max(rows, key=lambda row: row.excess.estimate if row.excess else 0)
     assert best.excess is not None
     return (
-        f"Against {plural(len(rows), 'map')} made from the pixels without a network, the champion's "
-        f"excess lies above {signs.count(1)}, below {signs.count(-1)}, and is not told apart from "
+        f"Against {plural(len(rows), 'map')} made from the pixels without a network, the "
+        f"champion's excess lies above {signs.count(1)}, below {signs.count(-1)}, and is not told apart from "
         f"{signs.count(0)}. The strongest, {best.name}, has {span(best.excess, 4)}; champion minus "
         f"it {span(best.difference, 4)}, n = {count(best.difference.n)}."
     )
@@ -217,8 +217,8 @@ def _selectivity(findings: Findings) -> str:
         -1: "it prefers clutter to objects",
     }[sign(uniform.selectivity_difference)]
     return (
-        f"Between objects and unannotated clutter it gives the objects {span(findings.selectivity)} "
-        f"of its mass; uniform attention {number(uniform.selectivity.estimate)}, difference "
+        "Between objects and unannotated clutter it gives the objects "
+        f"{span(findings.selectivity)} of its mass; uniform attention {number(uniform.selectivity.estimate)}, difference "
         f"{span(uniform.selectivity_difference)}, n = {count(findings.selectivity.n)}: {verdict}."
     )
 
@@ -235,7 +235,7 @@ def _stability(findings: Findings) -> str:
     )
 
 
-def removal(findings: Findings, ablation: dict[str, Any]) -> list[str]:
+def removal(ablation: dict[str, Any]) -> list[str]:
     """What removing the champion did, one sentence a kind of ablation."""
     sentences = []
     ranks = ablation["champion_rank"] or {}

@@ -9,7 +9,7 @@ from interp.grounding.coverage import (
     patch_coverage,
     pointing_hits,
 )
-from tests.reference.stats import raster_coverage
+from reference.stats import raster_coverage
 
 SIZE, FINE = 24, 8
 

@@ -4,7 +4,7 @@ import pytest
 from interp.grounding import baselines, metrics
 from interp.grounding.metrics import PairScores
 from interp.heads import Head
-from tests.reference import metrics as reference
+from reference import metrics as reference
 
 N, L, H, P = 12, 2, 3, 9
 

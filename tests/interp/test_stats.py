@@ -21,7 +21,7 @@ from interp.stats.multiplicity import holm, max_t, mcnemar, sign_flip_test
 from interp.stats.pairing import pairing_draws, pairing_test
 from interp.stats.selection import best_heads, champion, judge
 from interp.stats.splits import assign_split, groups, strata, strata_by_split
-from tests.reference import stats as reference
+from reference import stats as reference
 
 N, L, H, P = 24, 2, 3, 6
 

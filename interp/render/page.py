@@ -1,0 +1,216 @@
+"""One self-contained HTML page from sweeps: no network, no script but its own."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import imageio.v3 as iio
+import jinja2
+from markupsafe import Markup
+
+from interp.analysis import Findings
+from interp.heads import Head
+from interp.render import animation, figures, gallery, words
+from interp.render.canvas import DARK, png
+from interp.results import SweepResults
+from interp.stats.intervals import Interval
+
+LARGEST = 10_000_000
+"""Bytes that a page stays below; base64 takes four for three."""
+
+_RESERVED = 400_000  # text, tables and the two figures of a sheet
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file and its words.
+
+    Attributes:
+        light: PNG or GIF.
+        alt: for who cannot see it. caption: for everybody.
+        dark: the same for a dark page, where there is one.
+        still: first frame of an animation.
+    """
+
+    light: bytes
+    alt: str
+    caption: str = ""
+    dark: bytes = b""
+    still: bytes = b""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One sweep as the page shows it.
+
+    Attributes:
+        slug: names its section and its picture files.
+        retrieval: `eval_val.json` of the same checkpoint. ablation: `ablation.json` of the same
+            pictures.
+    """
+
+    slug: str
+    results: SweepResults
+    findings: Findings
+    retrieval: dict[str, Any] | None
+    ablation: dict[str, Any] | None
+    heat_map: Picture
+    layers: Picture
+    gallery: Picture
+    animation: Picture | None
+
+    @property
+    def name(self) -> str:
+        return words.subject(self.results)
+
+    @property
+    def answer(self) -> list[str]:
+        return words.answer(self.results, self.findings)
+
+    @property
+    def removal(self) -> list[str]:
+        return words.removal(self.ablation) if self.ablation else []
+
+    @property
+    def limits(self) -> list[str]:
+        return words.limits(self.results, self.findings, self.retrieval, self.ablation)
+
+    @property
+    def closest_untrained(self) -> Interval | None:
+        gaps = [row.difference for row in words.untrained(self.findings)]
+        return min(gaps, key=lambda gap: gap.estimate, default=None)
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What was swept, name by name."""
+        manifest = self.results.manifest
+        tower, data, boxes = manifest["tower"], manifest["data"], manifest["boxes"]
+        counts = ", ".join(
+            f"{name.replace('_', ' ')} {words.count(n)}" for name, n in manifest["counts"].items()
+        )
+        checkpoint = manifest["checkpoint"]
+        titles = {"lr": "learning rate", "sha256": "checkpoint sha256", "trained_on": "trained on"}
+        return [
+            *((titles.get(name, name), str(value)) for name, value in checkpoint.items()),
+            (
+                "tower",
+                f"{tower['layers']} layers of {tower['heads']} heads, {tower['grid'][0]} x "
+                f"{tower['grid'][1]} patches, {tower['image_size']} px ({tower['geometry']}), "
+                f"{tower['activation']}",
+            ),
+            ("scored", words.attention_of(self.results)),
+            ("data", f"{data['name']}, sha256 {data['sha256']}"),
+            ("pictures", counts),
+            ("strata", f"{manifest['strata']} (quarters of box area x orientation)"),
+            (
+                "boxes",
+                f"{words.count(boxes['boxes'])}, of them {words.count(boxes['crowd'])} crowd "
+                f"regions (ignored) and {words.count(boxes['lost_to_crop'])} lost to the crop",
+            ),
+            ("draws", f"{words.count(manifest['draws'])}, seed {manifest['seed']}"),
+        ]
+
+
+def draw(
+    slug: str,
+    results: SweepResults,
+    findings: Findings,
+    retrieval: dict[str, Any] | None,
+    ablation: dict[str, Any] | None,
+    challenger: Head | None,
+    sheets: int = 1,
+) -> Sheet:
+    """Everything of one sweep, drawn.
+
+    Args:
+        challenger: the head set against the champion; None for a tower of one head.
+        sheets: how many share the page, and with it the bytes.
+    """
+    champion = findings.champion
+    pictures = Picture(
+        png(gallery.gallery(results, champion), 160 if sheets < 3 else 100),
+        f"Pictures with their boxes beside the attention of {champion}",
+        gallery.caption(results, champion),
+    )
+    room = LARGEST * 3 // 4 // sheets - len(pictures.light) - _RESERVED
+    moving = None
+    if challenger is not None and gallery.shown(results):
+        moving = _animate(results, findings, challenger, min(room, animation.LARGEST))
+    return Sheet(
+        slug,
+        results,
+        findings,
+        retrieval,
+        ablation,
+        _themed(figures.heat_map, results, findings, figures.heat_map_marks(findings)),
+        _themed(
+            figures.layers_plot,
+            results,
+            findings,
+            "Excess of every head by layer, with lines "
+            "for the baselines; the tables hold the values",
+        ),
+        pictures,
+        moving,
+    )
+
+
+def _themed(figure: Any, results: SweepResults, findings: Findings, alt: str) -> Picture:
+    return Picture(png(figure(results, findings)), alt, dark=png(figure(results, findings, DARK)))
+
+
+def _animate(results: SweepResults, findings: Findings, challenger: Head, largest: int) -> Picture:
+    frames = animation.frames(results, findings, challenger)
+    moving, kept = animation.gif(frames, largest)
+    return Picture(
+        moving,
+        f"Attention of {findings.champion} and of {challenger} on the same pictures, in turn",
+        animation.caption(results, findings, challenger, kept),
+        still=iio.imwrite("<bytes>", frames[0], extension=".png"),
+    )
+
+
+def render_page(sheets: Sequence[Sheet], commands: Sequence[str], notes: Sequence[str]) -> str:
+    """The page.
+
+    Args:
+        commands: shell lines that rebuild it. notes: what they can't tell.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("interp.render", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "span": words.span,
+        "number": words.number,
+        "percent": words.percent,
+        "count": words.count,
+        "p": words.p_value,
+        "data": _data_uri,
+    }
+    environment.globals |= {"span": words.span, "number": words.number, "count": words.count}
+    return environment.get_template("page.html.jinja").render(
+        sheets=sheets,
+        commands=commands,
+        command_notes=notes,
+        style=_own("page.css"),
+        script=_own("page.js"),
+    )
+
+
+def _own(name: str) -> Markup:
+    """A file of this package, which needs no escaping."""
+    return Markup((resources.files("interp.render") / name).read_text())
+
+
+def _data_uri(picture: bytes) -> str:
+    kind = "gif" if picture.startswith(b"GIF") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

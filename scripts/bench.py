@@ -1,0 +1,653 @@
+"""Speed of the sweep, the token loss, the scenes and the loader, as ratios measured in one run.
+
+Both sides of a ratio run interleaved, round by round in alternating order, after one untimed pass
+each, so that a busy machine slows both. Printed are medians over the rounds with their range, of
+wall and of CPU time (all threads of this process). A target is compared with the medians and never
+fails the command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import operator
+import os
+import platform
+import runpy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import tyro
+
+from superclip.errors import UserError, run_command
+from superclip.flags import parse
+
+if TYPE_CHECKING:  # threads are set before numpy and torch load
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from superclip.config import TrainConfig
+    from superclip.data.batch import Batch, Record
+    from superclip.training.state import Run, TrainState
+
+NAIVE_METRICS = Path(__file__).parents[1] / "tests" / "reference" / "metrics.py"
+PHOTO = 640, 480
+"""Pixels of a full-size photograph, COCO's commonest size."""
+MEGA = 1e6
+
+
+class Cost(NamedTuple):
+    """What one timed pass took in seconds, or anything derived from it for wall and CPU alike."""
+
+    wall: float
+    cpu: float
+
+
+Series = Sequence[Cost]
+"""One cost a round."""
+
+
+def each(function: Callable[..., float], *series: Series) -> list[Cost]:
+    """Apply `function` round by round, to wall and to CPU time."""
+    return [Cost(*map(function, *costs)) for costs in zip(*series)]
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    settle: Callable[[], object] = lambda: None,
+) -> dict[str, list[Cost]]:
+    """Seconds of every side in every round; the order of the sides turns around each round.
+
+    Args:
+        settle: waits for what a side has only queued, on a GPU.
+    """
+    for side in sides.values():  # allocations, caches, optimizer state
+        side()
+    settle()
+    costs: dict[str, list[Cost]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            sides[name]()
+            settle()
+            costs[name].append(Cost(time.perf_counter() - wall, time.process_time() - cpu))
+        told = ", ".join(f"{name} {cost[-1].wall:.3g} s" for name, cost in costs.items())
+        print(f"round {number + 1}/{rounds}: {told}", file=sys.stderr, flush=True)
+    return costs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a series with its unit, and the target its median should meet."""
+
+    label: str
+    unit: str
+    series: Series
+    target: tuple[str, float] | None = None
+
+    def spread(self, clock: str) -> tuple[float, float, float]:
+        """Median, least and largest of `wall` or `cpu` over the rounds."""
+        values = [getattr(cost, clock) for cost in self.series]
+        return statistics.median(values), min(values), max(values)
+
+    @property
+    def verdict(self) -> str:
+        """Target and what the medians say; empty without a target."""
+        if self.target is None:
+            return ""
+        sign, limit = self.target
+        meets = {"<=": operator.le, ">=": operator.ge}[sign]
+        wall, cpu = ("met" if meets(self.spread(c)[0], limit) else "missed" for c in Cost._fields)
+        return f"{sign} {limit:g} {wall if wall == cpu else f'{wall} by wall, {cpu} by CPU'}"
+
+    def __str__(self) -> str:
+        clocks = ("{:>9.4g} [{:.4g}, {:.4g}]".format(*self.spread(c)) for c in Cost._fields)
+        wall, cpu = clocks
+        return f"{self.label:<42}{self.unit:<12}{wall:<31}{cpu:<31}{self.verdict}".rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        medians = {c: dict(zip(("median", "min", "max"), self.spread(c))) for c in Cost._fields}
+        rounds = [cost._asdict() for cost in self.series]
+        return {"label": self.label, "unit": self.unit, **medians, "verdict": self.verdict} | {
+            "rounds": rounds
+        }
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a bench found: rows of the table, and lines that are no times."""
+
+    rows: list[Row]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    rounds: int = 5
+    """Timed rounds of every side."""
+    threads: int | None = None
+    """CPU threads. Default: torch's own choice, or OMP_NUM_THREADS."""
+    out: Path | None = None
+    """JSON file for everything printed and every round."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.out is not None and not self.out.parent.is_dir():
+            raise UserError(f"--out {self.out}: there is no folder {self.out.parent}")
+
+    def run(self) -> Findings:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SweepBench(Bench):
+    """A sweep's cost per picture (decoding and untrained towers aside) against the plain tower, in
+    fp32; and its metrics against Python loops over heads and cells."""
+
+    model: tuple[str, ...] = ("ViT-B-32", "ViT-B-16")
+    """Names of models, taken with random weights."""
+    batch_size: int = 16
+    """Pictures of a forward pass."""
+    stratum: int = 64
+    """Pictures that are scored together: the own prior compares each with all of its stratum."""
+    looped: int = 4
+    """Pictures of the comparison with Python loops, on both of its sides."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+
+    def run(self) -> Findings:
+        found = [self._tower(name) for name in self.model]
+        notes = [
+            f"random weights, synthetic {PHOTO[0]}x{PHOTO[1]} pictures with COCO-like boxes, fp32, "
+            f"batch {self.batch_size}, scored in strata of {self.stratum}",
+            "sweep = the five parts below it; plain forward = open_clip's visual(images) on "
+            "normalised images under no_grad",
+            f"loops: tests/reference/metrics.py on lists, {self.looped} pictures, all heads, the "
+            "same pictures on both sides; its AUROC is quadratic in the cells",
+        ]
+        return Findings([row for rows in found for row in rows], notes)
+
+    def _tower(self, name: str) -> list[Row]:
+        import numpy as np
+        import torch
+
+        from interp import collect
+        from interp.hooked import HookedVisionTransformer
+        from superclip.data.geometry import render
+        from superclip.model.factory import build_clip, model_config, preprocess_for
+        from superclip.model.superclip import SuperCLIP
+        from superclip.ops.world import choose_device
+
+        device, architecture = choose_device(self.device), model_config(name)
+        preprocess = preprocess_for(architecture, "crop")
+        clip = build_clip(architecture)
+        model = SuperCLIP(clip, preprocess.mean, preprocess.std).to(device).eval()
+        tower = HookedVisionTransformer(clip.visual)
+        grid = tower.cfg.grid
+        records = list(map(photograph, range(self.batch_size)))
+        pixels = np.stack([render(r.picture, preprocess.geometry(r)) for r in records])
+        images = model.normalise(torch.from_numpy(pixels).to(device))
+
+        @torch.no_grad()
+        def plain() -> None:
+            clip.visual(images)
+
+        def rows() -> np.ndarray:
+            ready = model.normalise(torch.from_numpy(pixels).to(device))
+            return collect.attention_maps(tower, ready, "class")[0]
+
+        def saliency() -> None:
+            np.stack([[f(p, grid) for f in collect.SALIENCY.values()] for p in pixels])
+
+        def checks() -> None:
+            for picture, record in zip(pixels, records):
+                collect._has_target(record, preprocess)
+                collect._picture_hash(picture)
+
+        def boxes() -> list[tuple[np.ndarray, ...]]:
+            for record in records:
+                collect._categories_on_grid(record, preprocess, grid)
+            return [collect._boxes_on_grid(record, preprocess, grid) for record in records]
+
+        around = np.arange(self.stratum) % self.batch_size
+        maps = rows()[around]
+        coverage, valid, _, hits = (np.stack(a).astype(np.float32)[around] for a in zip(*boxes()))
+        one = np.zeros(self.stratum, int)
+        sides = {
+            "plain forward": plain,
+            "forward with attention rows": rows,
+            "low-level saliency maps": saliency,
+            "checks for targets and copies": checks,
+            "boxes on the patch grid": boxes,
+            "metrics": lambda: collect._scores(maps, coverage, valid, hits, one),
+        }
+        costs = interleave(sides, self.rounds, settle_on(device))
+        counts = dict.fromkeys(sides, self.batch_size) | {"metrics": self.stratum}
+        costs = {part: each(lambda s, n=counts[part]: 1e3 * s / n, c) for part, c in costs.items()}
+        first, *parts = costs.values()
+        sweep = each(lambda *s: sum(s), *parts)
+        table = [
+            Row(f"{name}: sweep / plain forward", "ratio", _ratio(sweep, first), ("<=", 1.5)),
+            Row("  sweep", "ms/picture", sweep),
+            *(Row(f"  {part}", "ms/picture", c) for part, c in costs.items()),
+        ]
+        few = slice(self.looped)
+        return table + self._scoring(name, maps[few], coverage[few], valid[few], hits[few] > 0)
+
+    def _scoring(self, name: str, maps: Any, coverage: Any, valid: Any, hits: Any) -> list[Row]:
+        """Every metric vectorised and as loops, as times faster."""
+        import numpy as np
+
+        from interp.grounding import metrics
+        from interp.grounding.metrics import PairScores
+
+        one = np.zeros(len(maps), int)
+        vectorised = {
+            "in_box_mass": lambda: metrics.in_box_mass(maps, coverage, valid),
+            "excess": lambda: metrics.excess(PairScores(maps, coverage, valid), one),
+            "patch_auroc": lambda: metrics.patch_auroc(maps, coverage, valid),
+            "normalised_mass": lambda: metrics.normalised_mass(maps, coverage, valid),
+            "pointing": lambda: metrics.pointing(maps, hits, valid),
+        }
+        naive = runpy.run_path(str(NAIVE_METRICS))
+        by_picture = maps.reshape(len(maps), -1, maps.shape[-1]).tolist()
+        by_head = list(zip(*by_picture))
+        inside, allowed, hit = coverage.tolist(), valid.tolist(), hits.tolist()
+
+        def over_heads(score: Callable[..., float], inside: list[list[float]]) -> None:
+            for heads, m, w in zip(by_picture, inside, allowed):
+                for a in heads:
+                    score(a, m, w)
+
+        def excess() -> None:
+            for a in by_head:
+                naive["excess"](a, inside, allowed, one)
+
+        loops = {
+            "in_box_mass": partial(over_heads, naive["score"], inside),
+            "excess": excess,
+            "patch_auroc": partial(over_heads, naive["auroc"], inside),
+            "normalised_mass": partial(over_heads, naive["normalised_mass"], inside),
+            "pointing": partial(over_heads, naive["pointing"], hit),
+        }
+        sides = vectorised | {f"{m} by loops": side for m, side in loops.items()}
+        costs = interleave(sides, self.rounds)
+
+        def times_faster(chosen: Sequence[str]) -> list[Cost]:
+            slow, fast = (
+                each(lambda *s: sum(s), *(costs[m + suffix] for m in chosen))
+                for suffix in (" by loops", "")
+            )
+            return _ratio(slow, fast)
+
+        linear = [m for m in vectorised if m != "patch_auroc"]
+        return [
+            Row(f"{name}: scoring, loops / ours", "ratio", times_faster([*loops]), (">=", 20)),
+            Row("  without the AUROC", "ratio", times_faster(linear), (">=", 20)),
+            *(Row(f"  {m}", "ratio", times_faster([m])) for m in loops),
+        ]
+
+
+@dataclass(frozen=True)
+class TokenLossBench(Bench):
+    """An optimizer step of SuperCLIP against one of CLIP, and the memory of head and term."""
+
+    model: str = "ViT-B-32"
+    """Model of both sides."""
+    batch_size: int = 64
+    """Pairs of a step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+
+    def run(self) -> Findings:
+        from superclip.ops.world import World, choose_device
+        from superclip.training.build import build_run
+        from superclip.training.step import train_step
+
+        world = World(device=choose_device(self.device))
+        with tempfile.TemporaryDirectory() as folder:
+            clip, superclip = (
+                build_run(self._config(loss, Path(folder) / loss), world, [])
+                for loss in ("clip", "superclip")
+            )
+        batch = self._batch(clip[0])
+        sides = {
+            "CLIP step": lambda: train_step(clip[1], batch, clip[0]),
+            "SuperCLIP step": lambda: train_step(superclip[1], batch, superclip[0]),
+        }
+        costs = interleave(sides, self.rounds, settle_on(world.device))
+        ratio = _ratio(costs["SuperCLIP step"], costs["CLIP step"])
+        rows = [Row(f"{self.model}: SuperCLIP / CLIP", "ratio", ratio, ("<=", 1.1))]
+        rows += [Row(f"  {name}", "s/step", cost) for name, cost in costs.items()]
+        step = f"batch {self.batch_size}, {clip[0].preprocess.size} px, {clip[0].precision}"
+        return Findings(rows, [step, *_memory(*superclip, batch)])
+
+    def _config(self, loss: str, out: Path) -> TrainConfig[Any]:
+        from superclip.config import LOSS_OPTIONS, ModelConfig, OptimConfig, TrainConfig
+
+        model, optim = ModelConfig(self.model), OptimConfig(batch_size=self.batch_size)
+        return TrainConfig(LOSS_OPTIONS[loss](), loss, model=model, optim=optim, out=out)
+
+    def _batch(self, run: Run) -> Batch:
+        """Random pictures with captions of 5 to 15 random tokens."""
+        import numpy as np
+        import torch
+
+        from superclip.data.batch import Batch
+        from superclip.model.factory import special_ids, tokenizer
+
+        rng = np.random.Generator(np.random.Philox(key=0))
+        bpe, count, side = tokenizer(run.model_config), self.batch_size, run.preprocess.size
+        _, start, end = special_ids(bpe)
+        tokens = np.zeros((count, bpe.context_length), np.int64)
+        for row in tokens:
+            words = int(rng.integers(5, 16))
+            row[: words + 2] = start, *rng.integers(256, start, words), end
+        pixels = rng.integers(0, 256, (count, 3, side, side), np.uint8)
+        ids = torch.arange(count)
+        held = Batch(torch.from_numpy(pixels), torch.from_numpy(tokens), ids, ids)
+        return held.to(run.world.device)
+
+
+def _memory(run: Run, state: TrainState, batch: Batch) -> list[str]:
+    """What the token head and its term hold, counted, and measured where the device tells."""
+    import torch
+
+    from superclip.ops.tokens import ROW_CHUNK_ELEMENTS
+
+    head = state.model.token_head
+    assert head is not None
+    weights = list(head.parameters())
+    held = sum(p.nbytes for p in weights)
+    moments = sum(
+        t.nbytes
+        for p in weights
+        for t in state.optimizer.state[p].values()
+        if isinstance(t, torch.Tensor)
+    )
+    counts = sum(b.nbytes for b in state.loss.buffers())
+    columns = head.linear.out_features
+    rows = min(len(batch), max(1, ROW_CHUNK_ELEMENTS // columns))
+    logits = rows * columns * 4
+    lines = [
+        f"token head: parameters {held / MEGA:.1f} MB, optimizer state {moments / MEGA:.1f} MB, "
+        f"gradients {held / MEGA:.1f} MB, counts of the loss {counts / MEGA:.1f} MB",
+        f"token term: {rows} rows of logits at once in fp32 {logits / MEGA:.1f} MB, as much for "
+        f"their gradient; a dense target, never built, would be {len(batch) * columns * 4 / MEGA:.1f} MB",
+    ]
+    if run.world.device.type == "cuda":
+        lines.append(f"token term, forward and backward: peak {_term_peak(run, state, batch)}")
+    return lines
+
+
+def _term_peak(run: Run, state: TrainState, batch: Batch) -> str:
+    """Memory that the token term takes on a GPU above what lives before it."""
+    import torch
+
+    from superclip.training.optim import autocast
+
+    with torch.no_grad(), autocast(run.precision, run.world.device):
+        out = state.model(batch.images, batch.tokens)
+    assert out.token_hidden is not None
+    out = dataclasses.replace(out, token_hidden=out.token_hidden.detach().requires_grad_())
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with autocast(run.precision, run.world.device):
+        state.loss.row_terms(out, batch)["token"].backward()
+    return f"{(torch.cuda.max_memory_allocated() - before) / MEGA:.1f} MB above the model's own"
+
+
+@dataclass(frozen=True)
+class ScenesBench(Bench):
+    """Generated scenes per second on one thread."""
+
+    threads: int | None = 1
+    """CPU threads (a scene is drawn by one)."""
+    num: int = 1000
+    """Scenes of a pass."""
+
+    def run(self) -> Findings:
+        from superclip.data.scenes import Scenes
+
+        source = Scenes("bench", self.num)
+        sides = {
+            "picture and graph": lambda: [source.scene(k) for k in range(self.num)],
+            "with caption and boxes (Record)": lambda: [source.read(k) for k in range(self.num)],
+        }
+        costs = interleave(sides, self.rounds)
+        rows = [
+            Row(name, "scenes/s", each(lambda s: self.num / s, cost), (">=", 2000))
+            for name, cost in costs.items()
+        ]
+        return Findings(rows, [f"{self.num} scenes a round"])
+
+
+@dataclass(frozen=True)
+class LoaderBench(Bench):
+    """Training pictures per second and core, from tar shards, against open_clip_train's loader."""
+
+    threads: int | None = 1
+    """CPU threads; one makes a rate a rate per core."""
+    shards: str | None = None
+    """Tar shards of photographs. Default: synthetic photographs in a temporary folder."""
+    num: int = 512
+    """Pictures of a pass; what does not fill a batch is left out on both sides."""
+    batch_size: int = 64
+    """Pictures of a batch."""
+
+    def run(self) -> Findings:
+        import open_clip
+
+        from superclip.data.loader import (
+            Preprocess,
+            StepSampler,
+            TrainRows,
+            tokenizer_for,
+            train_batches,
+        )
+        from superclip.data.order import Order
+        from superclip.data.shards import Shards
+
+        mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        preprocess, bpe = Preprocess(224, "crop", mean, std), open_clip.SimpleTokenizer()
+        with tempfile.TemporaryDirectory() as folder:
+            pattern, num, size = self._write(Path(folder))
+            source = Shards(pattern)
+            order = Order(source.shard_sizes, seed=0)
+            num = order.steps_per_epoch(self.batch_size) * self.batch_size
+
+            def ours() -> None:
+                rows = TrainRows(source, preprocess, tokenizer_for(bpe), 0, (0.9, 1.0))
+                sampler = StepSampler(order, 0, 0, self.batch_size, 0, 1)
+                batches = train_batches(rows, sampler, workers=0, pin=False)
+                assert sum(len(batch) for batch, _ in batches) == num
+
+            theirs = self._peer(pattern, num, bpe, mean, std)
+            costs = interleave({"ours": ours, "open_clip_train": theirs}, self.rounds)
+        rates = {name: each(lambda s: num / s, cost) for name, cost in costs.items()}
+        first, second = rates.values()
+        rows = [
+            Row("ours / open_clip_train", "ratio", _ratio(first, second)),
+            *(Row(f"  {name}", "pictures/s", rate) for name, rate in rates.items()),
+        ]
+        what = self.shards or f"synthetic {PHOTO[0]}x{PHOTO[1]} photographs"
+        return Findings(
+            rows,
+            [
+                f"{num} pictures a round ({what}, {size / 1e3:.0f} kB each), batch "
+                f"{self.batch_size}, one process",
+                "both: read, decode, random resized crop (0.9, 1.0) to 224 px bicubic, tokenise",
+                "ours ends in uint8 and lets the JPEG decoder reduce; open_clip_train "
+                f"{version('open_clip_torch')} (webdataset {version('webdataset')}) decodes in "
+                "full and ends in normalised float",
+            ],
+        )
+
+    def _write(self, folder: Path) -> tuple[str, int, float]:
+        """Four shards of KEY.jpg and KEY.txt, which both loaders read; pattern, pictures, bytes."""
+        from webdataset.writer import TarWriter
+
+        pairs, count, size = self._pairs(), 0, 0
+        for shard, quarter in enumerate(range(4)):
+            wanted = (self.num + quarter) // 4
+            with TarWriter(str(folder / f"bench-{shard}.tar"), encoder=False) as tar:
+                for picture, caption in itertools.islice(pairs, wanted):
+                    sample = {"jpg": picture, "txt": caption.encode()}
+                    tar.write({"__key__": f"{count:06d}", **sample})
+                    count, size = count + 1, size + len(picture)
+        return str(folder / "bench-{0..3}.tar"), count, size / count
+
+    def _pairs(self) -> Iterator[tuple[bytes, str]]:
+        from superclip.data.scenes import Scenes
+        from superclip.data.shards import Shards
+
+        if self.shards is None:
+            captions = Scenes("bench", self.num)
+            for row in range(self.num):
+                picture = photograph(row).picture
+                assert isinstance(picture, bytes)
+                yield picture, captions.scene(row).caption
+            return
+        source = Shards(self.shards)
+        if source.num_images < self.num:
+            raise UserError(
+                f"--num {self.num}: {self.shards} holds only {source.num_images} pictures"
+            )
+        for record in map(source.read, range(self.num)):
+            assert isinstance(record.picture, bytes)
+            yield record.picture, record.captions[0]
+
+    def _peer(self, pattern: str, num: int, bpe: Any, mean: Any, std: Any) -> Callable[[], None]:
+        """open_clip_train's validation reader, with the training transform.
+
+        Its training reader fails at the end of a shard under webdataset 1.0 (KeyError 'fname'). The
+        two differ by the shuffles of shards and of still encoded samples.
+        """
+        from argparse import Namespace
+
+        import open_clip
+        from open_clip_train.data import get_wds_dataset
+
+        options = {"val_num_samples": num, "workers": 0, "batch_size": self.batch_size}
+        transform = open_clip.image_transform(224, is_train=True, mean=mean, std=std)
+        args = Namespace(val_data=pattern, **options)
+        data = get_wds_dataset(args, transform, is_train=False, tokenizer=bpe)
+
+        def theirs() -> None:
+            assert sum(len(images) for images, _ in data.dataloader) == num
+
+        return theirs
+
+
+def photograph(row: int) -> Record:
+    """A JPEG of smooth noise in four octaves, about as many bytes as a photograph, with COCO-like
+    boxes; a pure function of `row`."""
+    import io
+
+    import numpy as np
+
+    from superclip.data.batch import Boxes, Record
+
+    rng, (width, height) = np.random.Generator(np.random.Philox(key=row)), PHOTO
+    buffer = io.BytesIO()
+    _smooth_noise(rng).save(buffer, "JPEG", quality=90)
+    count = 1 + int(rng.poisson(6))
+    sides = np.exp(rng.uniform(np.log(0.04), np.log(0.9), (count, 2)))
+    corner = rng.random((count, 2)) * (1 - sides)
+    xywh = np.concatenate([corner, sides], 1) * [width, height, width, height]
+    categories = tuple(map(str, rng.integers(80, size=count)))
+    boxes = Boxes(xywh.astype(np.float32), categories, np.zeros(count, bool))
+    return Record(row, str(row), width, height, buffer.getvalue(), ("",), (row,), boxes)
+
+
+def _smooth_noise(rng: np.random.Generator) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    picture = Image.new("RGB", PHOTO)
+    for cells, share in ((4, 1.0), (16, 0.4), (64, 0.25), (320, 0.15)):
+        noise = rng.integers(0, 256, (cells * 3 // 4, cells, 3), np.uint8)
+        octave = Image.fromarray(noise).resize(PHOTO, Image.Resampling.BICUBIC)
+        picture = Image.blend(picture, octave, share)
+    return picture
+
+
+def settle_on(device: torch.device) -> Callable[[], object]:
+    """Waits for the device's queue; nothing to wait for on the CPU."""
+    import torch
+
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and versions behind a number."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads": torch.get_num_threads(),
+        "versions": {n: version(n) for n in ("torch", "open_clip_torch", "numpy", "pillow")},
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Parse, measure, print; write the JSON that was asked for."""
+    benches = (
+        Annotated[SweepBench, tyro.conf.subcommand("sweep")]
+        | Annotated[TokenLossBench, tyro.conf.subcommand("token-loss")]
+        | Annotated[ScenesBench, tyro.conf.subcommand("scenes")]
+        | Annotated[LoaderBench, tyro.conf.subcommand("loader")]
+    )
+    bench: Bench = parse(benches, argv, "python scripts/bench.py", __doc__ or "")
+    if bench.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(bench.threads)  # numpy's, read when it loads
+        import torch
+
+        torch.set_num_threads(bench.threads)
+    before, found = os.getloadavg(), bench.run()
+    facts, after = machine(), os.getloadavg()
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    print(f"{facts['cpu']}, {facts['cores']} cores, GPU {facts['gpu']}; {versions}")
+    print(
+        f"{facts['threads']} threads; {bench.rounds} rounds, interleaved; load average "
+        f"{before[0]:.1f} before, {after[0]:.1f} after"
+    )
+    print(*found.notes, sep="\n")
+    print(f"\n{'':<42}{'':<12}{'wall: median [min, max]':>23}{'CPU: median [min, max]':>31}")
+    print(*found.rows, sep="\n")
+    if bench.out is not None:
+        config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(bench).items()}
+        report = {
+            "bench": config,
+            "machine": facts,
+            "load_average": [before, after],
+            "notes": found.notes,
+            "rows": [row.to_dict() for row in found.rows],
+        }
+        bench.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _ratio(a: Series, b: Series) -> list[Cost]:
+    return each(operator.truediv, a, b)
+
+
+if __name__ == "__main__":
+    run_command(main)

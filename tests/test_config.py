@@ -1,0 +1,149 @@
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT, refused
+
+from superclip.config import (
+    LOSS_OPTIONS,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    SuperClipOptions,
+    TrainConfig,
+    differences,
+    to_dict,
+    train_config,
+)
+from superclip.errors import UserError
+from superclip.flags import parse_train, recipes
+
+
+def test_defaults_are_superclip_on_scenes():
+    config = parse_train([])
+    assert (config.loss, config.data.train_data, config.epochs) == ("superclip", "scenes", 1)
+    assert config.options == SuperClipOptions()
+
+
+def test_precedence_defaults_recipe_file_flags(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("lr = 2e-3\nwd = 0.3\n[data]\nworkers = 2\n")
+    recipe = parse_train(["--recipe", "scenes-clip"])
+    assert recipe.loss == "clip" and recipe.optim.wd == 0.1
+    config = parse_train(["--recipe", "scenes-clip", "--config", str(file), "--wd", "0.4"])
+    assert (config.loss, config.lr, config.optim.wd) == ("clip", 2e-3, 0.4)
+    assert config.data.workers == 2
+
+
+def test_a_run_record_is_a_config_file(tmp_path):
+    config = parse_train(["--loss", "clip", "--aug-scale", "0.4", "1.0", "--lr", "1e-3"])
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(config), "commit": "x"}))
+    assert parse_train(["--config", str(tmp_path / "run.json")]) == config
+
+
+def test_round_trip_through_plain_values():
+    config = parse_train(["--token-weight", "0.5", "--out", "somewhere"])
+    assert train_config(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_recipes_parse(name):
+    assert parse_train(["--recipe", name]).loss in LOSS_OPTIONS
+
+
+def test_flat_names_do_not_collide():
+    parts = [ModelConfig, DataConfig, OptimConfig, TrainConfig]
+    for options in LOSS_OPTIONS.values():
+        flat = [f.name for part in [*parts, options] for f in fields(part)]
+        flat.remove("model")  # the section; the flag is ModelConfig's
+        names = [name for name in flat if name not in ("options", "data", "optim")]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--loss clp", "did you mean 'clip'"),
+        ("--lrr 1", "did you mean 'lr'"),
+        ("--loss clip --token-loss bce", "belongs to --loss superclip"),
+        ("--lr 0", "--lr 0.0 must be above 0"),
+        ("--lr", "--lr"),
+        ("--batch-size x", "--batch-size"),
+        ("--batch-size 0", "--batch-size 0 must be at least 1"),
+        ("--precision fp8", "amp_bf16"),
+        ("--recipe nope", "scenes-clip"),
+        ("--config nope.toml", "nope.toml"),
+        ("--token-weight 0", "use --loss clip"),
+        ("--aug-scale 0.9 0.5", "low <= high"),
+        ("--epochs 0", "--epochs 0"),
+        ("--accum-freq 0", "--accum-freq"),
+        ("--train-num-samples 0", "--train-num-samples"),
+    ],
+)
+def test_mistakes_become_one_line(words, said):
+    with pytest.raises(UserError) as caught:
+        parse_train(words.split())
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_config_files_are_checked(tmp_path):
+    file = tmp_path / "c.toml"
+    for text, said in (
+        ("lrr = 1", "did you mean 'lr'"),
+        ("lr = 'fast'", "not a float"),
+        ("lr = true", "not a float"),
+        ("precision = 'fp8'", "fp8"),
+        ("lr = ", "neither TOML"),
+        ("loss = 'clip'\ntoken_loss = 'bce'", "token_loss"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=re.escape(said)):
+            parse_train(["--config", str(file)])
+
+
+def test_differences_name_what_decides_the_result_only():
+    old = parse_train([])
+    assert differences(old, parse_train(["--workers", "3", "--log-every", "7"])) == []
+    found = differences(old, parse_train(["--lr", "1e-3", "--token-loss", "bce"]))
+    assert found == ["token_loss: idf -> bce", "lr: None -> 0.001"]
+
+
+def test_eval_config_checks():
+    with pytest.raises(UserError, match="--num 0"):
+        EvalConfig(num=0)
+
+
+COMMANDS = {
+    "superclip.train": ["--token-weight", "--resize", "--accum-freq"],
+    "superclip.evaluate": ["--protocol", "--pool"],
+    "superclip.pack": ["coco", "scenes"],
+    "interp.sweep": ["--kind", "--untrained", "--metric"],
+    "interp.ablate": ["--heads", "--sets"],
+    "interp.report": ["--challenger"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_teaches_and_touches_no_torch(name):
+    probe = (
+        "import sys, runpy\n"
+        "sys.argv = ['x', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('{name}', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "heavy = {'torch', 'matplotlib', 'transformer_lens'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in COMMANDS[name]:
+        assert word in done.stdout
+
+
+def test_unknown_flag_of_a_command_is_one_line():
+    assert "did you mean 'kind'" in refused("interp.sweep", "--kin", "class")
