@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from interp.results import SweepResults
-    from interp.sweep import default_folder
+    from interp.subject import default_folder
     from superclip.model.weights import newest_checkpoint
 
     logging.getLogger().setLevel(logging.ERROR)
@@ -167,8 +167,8 @@ def _source_of(results: SweepResults, run: Any, config: AblateConfig):
     source, _ = open_pictures(config.data, config.root, config.split, swept["num"], run)
     if source.digest != swept["sha256"]:
         raise UserError(
-            f"{source.name} is not the data that was swept ({swept['name']}); give the sweep's --data, "
-            "--root and --split"
+            f"{source.name} is not the data that was swept ({swept['name']}); give the "
+            "sweep's --data, --root and --split"
         )
     return source
 

@@ -126,3 +126,11 @@ def trained_ids(run: DataConfig | None, allow: bool) -> frozenset[str]:
         ) from None
     keys = source.keys
     return frozenset(keys[: run.train_num_samples] if run.train_num_samples else keys)
+
+
+def default_folder(ckpt: Path | None, kind: str = "class") -> Path:
+    """Where the results of a checkpoint stand."""
+    if ckpt is None:
+        return Path("logs") / "sweep"
+    stem = "" if ckpt.name == "final_epoch.pt" else f"-{ckpt.stem}"
+    return ckpt.parent / f"sweep{stem}{'' if kind == 'class' else '-' + kind}"

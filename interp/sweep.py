@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     from interp.analysis import analyse, plain
     from interp.collect import collect
     from interp.results import SweepResults
-    from interp.subject import open_pictures, open_subject, trained_ids
+    from interp.subject import default_folder, open_pictures, open_subject, trained_ids
     from superclip.model.weights import newest_checkpoint
     from superclip.ops.world import choose_device
 
@@ -61,14 +61,6 @@ def main(argv: list[str]) -> None:
     write_csv(findings, out / "heads.csv")
     print(render(results, findings))
     print(f"\nwritten: {out}/results.npz, results.json, findings.json, heads.csv")
-
-
-def default_folder(ckpt: Path | None, kind: str = "class") -> Path:
-    """Where the results of a checkpoint stand."""
-    if ckpt is None:
-        return Path("logs") / "sweep"
-    stem = "" if ckpt.name == "final_epoch.pt" else f"-{ckpt.stem}"
-    return ckpt.parent / f"sweep{stem}{'' if kind == 'class' else '-' + kind}"
 
 
 def write_csv(findings: Findings, path: Path) -> None:

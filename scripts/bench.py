@@ -9,7 +9,6 @@ fails the command.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import operator
 import os
@@ -19,9 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -34,7 +32,6 @@ from superclip.flags import parse
 if TYPE_CHECKING:  # threads are set before numpy and torch load
     import numpy as np
     import torch
-    from PIL import Image
 
     from superclip.config import TrainConfig
     from superclip.data.batch import Batch, Record
@@ -43,7 +40,6 @@ if TYPE_CHECKING:  # threads are set before numpy and torch load
 NAIVE_METRICS = Path(__file__).parents[1] / "tests" / "reference" / "metrics.py"
 PHOTO = 640, 480
 """Pixels of a full-size photograph, COCO's commonest size."""
-MEGA = 1e6
 
 
 class Cost(NamedTuple):
@@ -60,6 +56,16 @@ Series = Sequence[Cost]
 def each(function: Callable[..., float], *series: Series) -> list[Cost]:
     """Apply `function` round by round, to wall and to CPU time."""
     return [Cost(*map(function, *costs)) for costs in zip(*series)]
+
+
+def ratio(a: Series, b: Series) -> list[Cost]:
+    """`a / b` round by round."""
+    return each(operator.truediv, a, b)
+
+
+def total(parts: Sequence[Series]) -> list[Cost]:
+    """The sum of several sides, round by round."""
+    return each(lambda *seconds: sum(seconds), *parts)
 
 
 def interleave(
@@ -169,136 +175,144 @@ class SweepBench(Bench):
     """auto, cpu, cuda, cuda:1."""
 
     def run(self) -> Findings:
-        found = [self._tower(name) for name in self.model]
         notes = [
             f"random weights, synthetic {PHOTO[0]}x{PHOTO[1]} pictures with COCO-like boxes, fp32, "
             f"batch {self.batch_size}, scored in strata of {self.stratum}",
-            "sweep = the five parts below it; plain forward = open_clip's visual(images) on "
+            "sweep = the last five of its rows; plain forward = open_clip's visual(images) on "
             "normalised images under no_grad",
             f"loops: tests/reference/metrics.py on lists, {self.looped} pictures, all heads, the "
             "same pictures on both sides; its AUROC is quadratic in the cells",
         ]
-        return Findings([row for rows in found for row in rows], notes)
+        return Findings([row for name in self.model for row in self._rows(name)], notes)
 
-    def _tower(self, name: str) -> list[Row]:
-        import numpy as np
-        import torch
-
-        from interp import collect
-        from interp.hooked import HookedVisionTransformer
-        from superclip.data.geometry import render
-        from superclip.model.factory import build_clip, model_config, preprocess_for
-        from superclip.model.superclip import SuperCLIP
+    def _rows(self, name: str) -> list[Row]:
         from superclip.ops.world import choose_device
 
-        device, architecture = choose_device(self.device), model_config(name)
-        preprocess = preprocess_for(architecture, "crop")
-        clip = build_clip(architecture)
-        model = SuperCLIP(clip, preprocess.mean, preprocess.std).to(device).eval()
-        tower = HookedVisionTransformer(clip.visual)
-        grid = tower.cfg.grid
-        records = list(map(photograph, range(self.batch_size)))
-        pixels = np.stack([render(r.picture, preprocess.geometry(r)) for r in records])
-        images = model.normalise(torch.from_numpy(pixels).to(device))
-
-        @torch.no_grad()
-        def plain() -> None:
-            clip.visual(images)
-
-        def rows() -> np.ndarray:
-            ready = model.normalise(torch.from_numpy(pixels).to(device))
-            return collect.attention_maps(tower, ready, "class")[0]
-
-        def saliency() -> None:
-            np.stack([[f(p, grid) for f in collect.SALIENCY.values()] for p in pixels])
-
-        def checks() -> None:
-            for picture, record in zip(pixels, records):
-                collect._has_target(record, preprocess)
-                collect._picture_hash(picture)
-
-        def boxes() -> list[tuple[np.ndarray, ...]]:
-            for record in records:
-                collect._categories_on_grid(record, preprocess, grid)
-            return [collect._boxes_on_grid(record, preprocess, grid) for record in records]
-
-        around = np.arange(self.stratum) % self.batch_size
-        maps = rows()[around]
-        coverage, valid, _, hits = (np.stack(a).astype(np.float32)[around] for a in zip(*boxes()))
-        one = np.zeros(self.stratum, int)
-        sides = {
-            "plain forward": plain,
-            "forward with attention rows": rows,
-            "low-level saliency maps": saliency,
-            "checks for targets and copies": checks,
-            "boxes on the patch grid": boxes,
-            "metrics": lambda: collect._scores(maps, coverage, valid, hits, one),
-        }
+        device = choose_device(self.device)
+        sides, scored = sweep_parts(name, self.batch_size, self.stratum, device)
         costs = interleave(sides, self.rounds, settle_on(device))
         counts = dict.fromkeys(sides, self.batch_size) | {"metrics": self.stratum}
-        costs = {part: each(lambda s, n=counts[part]: 1e3 * s / n, c) for part, c in costs.items()}
-        first, *parts = costs.values()
-        sweep = each(lambda *s: sum(s), *parts)
-        table = [
-            Row(f"{name}: sweep / plain forward", "ratio", _ratio(sweep, first), ("<=", 1.5)),
+        costs = {k: each(lambda s, n=counts[k]: 1e3 * s / n, c) for k, c in costs.items()}
+        plain, *parts = costs.values()
+        sweep = total(parts)
+        rows = [
+            Row(f"{name}: sweep / plain forward", "ratio", ratio(sweep, plain), ("<=", 1.5)),
             Row("  sweep", "ms/picture", sweep),
-            *(Row(f"  {part}", "ms/picture", c) for part, c in costs.items()),
+            *(Row(f"  {part}", "ms/picture", cost) for part, cost in costs.items()),
         ]
-        few = slice(self.looped)
-        return table + self._scoring(name, maps[few], coverage[few], valid[few], hits[few] > 0)
+        ours, loops = scorers(*(array[: self.looped] for array in scored))
+        costs = interleave(ours | {f"{m} by loops": s for m, s in loops.items()}, self.rounds)
 
-    def _scoring(self, name: str, maps: Any, coverage: Any, valid: Any, hits: Any) -> list[Row]:
-        """Every metric vectorised and as loops, as times faster."""
-        import numpy as np
+        def faster(*chosen: str) -> list[Cost]:
+            slow, fast = ([costs[m + end] for m in chosen] for end in (" by loops", ""))
+            return ratio(total(slow), total(fast))
 
-        from interp.grounding import metrics
-        from interp.grounding.metrics import PairScores
-
-        one = np.zeros(len(maps), int)
-        vectorised = {
-            "in_box_mass": lambda: metrics.in_box_mass(maps, coverage, valid),
-            "excess": lambda: metrics.excess(PairScores(maps, coverage, valid), one),
-            "patch_auroc": lambda: metrics.patch_auroc(maps, coverage, valid),
-            "normalised_mass": lambda: metrics.normalised_mass(maps, coverage, valid),
-            "pointing": lambda: metrics.pointing(maps, hits, valid),
-        }
-        naive = runpy.run_path(str(NAIVE_METRICS))
-        by_picture = maps.reshape(len(maps), -1, maps.shape[-1]).tolist()
-        by_head = list(zip(*by_picture))
-        inside, allowed, hit = coverage.tolist(), valid.tolist(), hits.tolist()
-
-        def over_heads(score: Callable[..., float], inside: list[list[float]]) -> None:
-            for heads, m, w in zip(by_picture, inside, allowed):
-                for a in heads:
-                    score(a, m, w)
-
-        def excess() -> None:
-            for a in by_head:
-                naive["excess"](a, inside, allowed, one)
-
-        loops = {
-            "in_box_mass": partial(over_heads, naive["score"], inside),
-            "excess": excess,
-            "patch_auroc": partial(over_heads, naive["auroc"], inside),
-            "normalised_mass": partial(over_heads, naive["normalised_mass"], inside),
-            "pointing": partial(over_heads, naive["pointing"], hit),
-        }
-        sides = vectorised | {f"{m} by loops": side for m, side in loops.items()}
-        costs = interleave(sides, self.rounds)
-
-        def times_faster(chosen: Sequence[str]) -> list[Cost]:
-            slow, fast = (
-                each(lambda *s: sum(s), *(costs[m + suffix] for m in chosen))
-                for suffix in (" by loops", "")
-            )
-            return _ratio(slow, fast)
-
-        linear = [m for m in vectorised if m != "patch_auroc"]
+        linear = [metric for metric in ours if metric != "patch_auroc"]
         return [
-            Row(f"{name}: scoring, loops / ours", "ratio", times_faster([*loops]), (">=", 20)),
-            Row("  without the AUROC", "ratio", times_faster(linear), (">=", 20)),
-            *(Row(f"  {m}", "ratio", times_faster([m])) for m in loops),
+            *rows,
+            Row(f"{name}: scoring, loops / ours", "ratio", faster(*ours), (">=", 20)),
+            Row("  without patch_auroc", "ratio", faster(*linear), (">=", 20)),
+            *(Row(f"  {metric}", "ratio", faster(metric)) for metric in ours),
         ]
+
+
+def sweep_parts(
+    name: str, batch_size: int, together: int, device: torch.device
+) -> tuple[dict[str, Callable[[], Any]], tuple[np.ndarray, ...]]:
+    """The plain forward of one batch and the sweep's own parts, by name; and what is scored.
+
+    Returns:
+        Sides, all of them over `batch_size` pictures but "metrics", over `together`; maps,
+        coverage, valid and pointing hits of those, one batch repeated.
+    """
+    import numpy as np
+    import torch
+
+    from interp import collect
+    from interp.hooked import HookedVisionTransformer
+    from superclip.data.geometry import render
+    from superclip.model.factory import build_clip, model_config, preprocess_for
+    from superclip.model.superclip import SuperCLIP
+
+    architecture = model_config(name)
+    preprocess, clip = preprocess_for(architecture, "crop"), build_clip(architecture)
+    model = SuperCLIP(clip, preprocess.mean, preprocess.std).to(device).eval()
+    tower = HookedVisionTransformer(clip.visual)
+    grid = tower.cfg.grid
+    records = list(map(photograph, range(batch_size)))
+    pixels = np.stack([render(r.picture, preprocess.geometry(r)) for r in records])
+
+    def normalised() -> torch.Tensor:
+        return model.normalise(torch.from_numpy(pixels).to(device))
+
+    images = normalised()
+
+    @torch.no_grad()
+    def plain() -> None:
+        clip.visual(images)
+
+    def checks() -> None:
+        for picture, record in zip(pixels, records):
+            collect._has_target(record, preprocess)
+            collect._picture_hash(picture)
+
+    def boxes() -> list[tuple[np.ndarray, ...]]:
+        for record in records:
+            collect._categories_on_grid(record, preprocess, grid)
+        return [collect._boxes_on_grid(record, preprocess, grid) for record in records]
+
+    repeated = np.arange(together) % batch_size
+    coverage, valid, _, hits = (np.stack(part).astype(np.float32) for part in zip(*boxes()))
+    maps = collect.attention_maps(tower, images, "class")[0]
+    maps, coverage, valid, hits = (a[repeated] for a in (maps, coverage, valid, hits))
+    stratum = np.zeros(len(maps), int)
+    sides = {
+        "plain forward": plain,
+        "forward with attention rows": lambda: collect.attention_maps(tower, normalised(), "class"),
+        "low-level saliency maps": lambda: [
+            [saliency(p, grid) for saliency in collect.SALIENCY.values()] for p in pixels
+        ],
+        "checks for targets and copies": checks,
+        "boxes on the patch grid": boxes,
+        "metrics": lambda: collect._scores(maps, coverage, valid, hits, stratum),
+    }
+    return sides, (maps, coverage, valid, hits)
+
+
+def scorers(
+    maps: np.ndarray, coverage: np.ndarray, valid: np.ndarray, hits: np.ndarray
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """Every metric of the same pictures by `interp.grounding.metrics`, and by naive loops."""
+    import numpy as np
+
+    from interp.grounding import metrics
+    from interp.grounding.metrics import PairScores
+
+    stratum = np.zeros(len(maps), int)
+    ours = {
+        "in_box_mass": lambda: metrics.in_box_mass(maps, coverage, valid),
+        "excess": lambda: metrics.excess(PairScores(maps, coverage, valid), stratum),
+        "patch_auroc": lambda: metrics.patch_auroc(maps, coverage, valid),
+        "normalised_mass": lambda: metrics.normalised_mass(maps, coverage, valid),
+        "pointing": lambda: metrics.pointing(maps, hits > 0, valid),
+    }
+    naive = runpy.run_path(str(NAIVE_METRICS))
+    pictures = maps.reshape(len(maps), -1, maps.shape[-1]).tolist()
+    m, w, hit = coverage.tolist(), valid.tolist(), hits.tolist()
+
+    def looped(score: Callable[..., float], inside: list[list[float]]) -> Callable[[], object]:
+        return lambda: [
+            score(a, *picture) for heads, *picture in zip(pictures, inside, w) for a in heads
+        ]
+
+    loops = {
+        "in_box_mass": looped(naive["score"], m),
+        "excess": lambda: [naive["excess"](head, m, w, stratum) for head in zip(*pictures)],
+        "patch_auroc": looped(naive["auroc"], m),
+        "normalised_mass": looped(naive["normalised_mass"], m),
+        "pointing": looped(naive["pointing"], hit),
+    }
+    return ours, loops
 
 
 @dataclass(frozen=True)
@@ -329,11 +343,11 @@ class TokenLossBench(Bench):
             "SuperCLIP step": lambda: train_step(superclip[1], batch, superclip[0]),
         }
         costs = interleave(sides, self.rounds, settle_on(world.device))
-        ratio = _ratio(costs["SuperCLIP step"], costs["CLIP step"])
-        rows = [Row(f"{self.model}: SuperCLIP / CLIP", "ratio", ratio, ("<=", 1.1))]
+        slower = ratio(costs["SuperCLIP step"], costs["CLIP step"])
+        rows = [Row(f"{self.model}: SuperCLIP / CLIP", "ratio", slower, ("<=", 1.1))]
         rows += [Row(f"  {name}", "s/step", cost) for name, cost in costs.items()]
         step = f"batch {self.batch_size}, {clip[0].preprocess.size} px, {clip[0].precision}"
-        return Findings(rows, [step, *_memory(*superclip, batch)])
+        return Findings(rows, [step, *memory(*superclip, batch)])
 
     def _config(self, loss: str, out: Path) -> TrainConfig[Any]:
         from superclip.config import LOSS_OPTIONS, ModelConfig, OptimConfig, TrainConfig
@@ -362,52 +376,53 @@ class TokenLossBench(Bench):
         return held.to(run.world.device)
 
 
-def _memory(run: Run, state: TrainState, batch: Batch) -> list[str]:
-    """What the token head and its term hold, counted, and measured where the device tells."""
+def memory(run: Run, state: TrainState, batch: Batch) -> list[str]:
+    """What the token head and its term hold: counted, and on a GPU measured."""
     import torch
 
     from superclip.ops.tokens import ROW_CHUNK_ELEMENTS
 
     head = state.model.token_head
     assert head is not None
-    weights = list(head.parameters())
-    held = sum(p.nbytes for p in weights)
-    moments = sum(
-        t.nbytes
-        for p in weights
-        for t in state.optimizer.state[p].values()
-        if isinstance(t, torch.Tensor)
-    )
-    counts = sum(b.nbytes for b in state.loss.buffers())
-    columns = head.linear.out_features
+    columns, weights = head.linear.out_features, list(head.parameters())
+    states = [t for p in weights for t in state.optimizer.state[p].values()]
     rows = min(len(batch), max(1, ROW_CHUNK_ELEMENTS // columns))
-    logits = rows * columns * 4
+    held, moments, counts, logits, dense = (
+        f"{count / 1e6:.1f} MB"
+        for count in (
+            sum(p.nbytes for p in weights),
+            sum(t.nbytes for t in states if isinstance(t, torch.Tensor)),
+            sum(b.nbytes for b in state.loss.buffers()),
+            4 * rows * columns,
+            4 * len(batch) * columns,
+        )
+    )
     lines = [
-        f"token head: parameters {held / MEGA:.1f} MB, optimizer state {moments / MEGA:.1f} MB, "
-        f"gradients {held / MEGA:.1f} MB, counts of the loss {counts / MEGA:.1f} MB",
-        f"token term: {rows} rows of logits at once in fp32 {logits / MEGA:.1f} MB, as much for "
-        f"their gradient; a dense target, never built, would be {len(batch) * columns * 4 / MEGA:.1f} MB",
+        f"token head: parameters {held}, optimizer state {moments}, gradients {held}; loss buffers "
+        f"{counts}",
+        f"token term: fp32 logits of {rows} rows at once {logits}, and as much for their gradient; "
+        f"a dense target, never built, would add {dense}",
     ]
     if run.world.device.type == "cuda":
-        lines.append(f"token term, forward and backward: peak {_term_peak(run, state, batch)}")
+        lines.append(f"token term, forward and backward, measured: {term_peak(run, state, batch)}")
     return lines
 
 
-def _term_peak(run: Run, state: TrainState, batch: Batch) -> str:
-    """Memory that the token term takes on a GPU above what lives before it."""
+def term_peak(run: Run, state: TrainState, batch: Batch) -> str:
+    """Peak memory of the token term on a GPU above what lives before it, head gradient included."""
     import torch
 
     from superclip.training.optim import autocast
 
-    with torch.no_grad(), autocast(run.precision, run.world.device):
-        out = state.model(batch.images, batch.tokens)
-    assert out.token_hidden is not None
-    out = dataclasses.replace(out, token_hidden=out.token_hidden.detach().requires_grad_())
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     with autocast(run.precision, run.world.device):
-        state.loss.row_terms(out, batch)["token"].backward()
-    return f"{(torch.cuda.max_memory_allocated() - before) / MEGA:.1f} MB above the model's own"
+        with torch.no_grad():
+            out = state.model(batch.images, batch.tokens)
+        hidden = out.token_hidden.detach().requires_grad_()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        terms = state.loss.row_terms(dataclasses.replace(out, token_hidden=hidden), batch)
+    terms["token"].backward()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -437,152 +452,133 @@ class ScenesBench(Bench):
 
 @dataclass(frozen=True)
 class LoaderBench(Bench):
-    """Training pictures per second and core, from tar shards, against open_clip_train's loader."""
+    """Training pictures per second and core, from a tar shard, against open_clip_train's loader."""
 
     threads: int | None = 1
     """CPU threads; one makes a rate a rate per core."""
     shards: str | None = None
-    """Tar shards of photographs. Default: synthetic photographs in a temporary folder."""
+    """Tar shards of photographs. Default: synthetic photographs."""
     num: int = 512
-    """Pictures of a pass; what does not fill a batch is left out on both sides."""
+    """Pictures of a pass, the first ones of the shards."""
     batch_size: int = 64
-    """Pictures of a batch."""
+    """Pictures of a batch; must divide --num."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num % self.batch_size:
+            raise UserError(f"--num {self.num} is no multiple of --batch-size {self.batch_size}")
 
     def run(self) -> Findings:
         import open_clip
 
-        from superclip.data.loader import (
-            Preprocess,
-            StepSampler,
-            TrainRows,
-            tokenizer_for,
-            train_batches,
+        tokenizer = open_clip.SimpleTokenizer()
+        with tempfile.TemporaryDirectory() as folder:
+            shard = Path(folder) / "bench.tar"
+            self._write(shard)
+            sides = {
+                "ours": self._ours(shard, tokenizer),
+                "open_clip_train": self._theirs(shard, tokenizer),
+            }
+            size = shard.stat().st_size
+            costs = interleave(sides, self.rounds)
+        rates = {name: each(lambda s: self.num / s, cost) for name, cost in costs.items()}
+        what = self.shards or f"synthetic {PHOTO[0]}x{PHOTO[1]} photographs"
+        notes = [
+            f"{self.num} pictures a round ({what}, {size / self.num / 1e3:.0f} kB each), batch "
+            f"{self.batch_size}, one process",
+            "both: read, decode, random resized crop (0.9, 1.0) to 224 px bicubic, tokenise",
+            "ours ends in uint8 and lets the JPEG decoder reduce; open_clip_train decodes in full "
+            "and ends in normalised float",
+            f"open_clip_train {version('open_clip_torch')}: its validation reader with the training"
+            f" transform, as its training reader fails under webdataset {version('webdataset')}",
+        ]
+        rows = [Row(f"  {name}", "pictures/s", rate) for name, rate in rates.items()]
+        return Findings(
+            [Row("ours / open_clip_train", "ratio", ratio(*rates.values())), *rows], notes
         )
+
+    def _write(self, shard: Path) -> None:
+        """Pictures as KEY.jpg and captions as KEY.txt, a form that both loaders read."""
+        from webdataset.writer import TarWriter
+
+        from superclip.data.shards import Shards
+
+        read, held = photograph, self.num
+        if self.shards is not None:
+            source = Shards(self.shards)
+            read, held = source.read, source.num_images
+        if held < self.num:
+            raise UserError(f"--num {self.num}: {self.shards} holds only {held} pictures")
+        with TarWriter(str(shard), encoder=False) as tar:
+            for row in range(self.num):
+                record = read(row)
+                text = record.captions[0].encode()
+                tar.write({"__key__": f"{row:06d}", "jpg": record.picture, "txt": text})
+
+    def _ours(self, shard: Path, tokenizer: Any) -> Callable[[], None]:
+        from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+        from superclip.data import loader
         from superclip.data.order import Order
         from superclip.data.shards import Shards
 
-        mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-        preprocess, bpe = Preprocess(224, "crop", mean, std), open_clip.SimpleTokenizer()
-        with tempfile.TemporaryDirectory() as folder:
-            pattern, num, size = self._write(Path(folder))
-            source = Shards(pattern)
-            order = Order(source.shard_sizes, seed=0)
-            num = order.steps_per_epoch(self.batch_size) * self.batch_size
+        source = Shards(str(shard))
+        order = Order(source.shard_sizes, seed=0)
+        preprocess = loader.Preprocess(224, "crop", OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
-            def ours() -> None:
-                rows = TrainRows(source, preprocess, tokenizer_for(bpe), 0, (0.9, 1.0))
-                sampler = StepSampler(order, 0, 0, self.batch_size, 0, 1)
-                batches = train_batches(rows, sampler, workers=0, pin=False)
-                assert sum(len(batch) for batch, _ in batches) == num
+        def ours() -> None:
+            tokenize = loader.tokenizer_for(tokenizer)  # anew: it remembers captions
+            rows = loader.TrainRows(source, preprocess, tokenize, 0, (0.9, 1.0))
+            sampler = loader.StepSampler(order, 0, 0, self.batch_size, 0, 1)
+            batches = loader.train_batches(rows, sampler, workers=0, pin=False)
+            assert sum(len(batch) for batch, _ in batches) == self.num
 
-            theirs = self._peer(pattern, num, bpe, mean, std)
-            costs = interleave({"ours": ours, "open_clip_train": theirs}, self.rounds)
-        rates = {name: each(lambda s: num / s, cost) for name, cost in costs.items()}
-        first, second = rates.values()
-        rows = [
-            Row("ours / open_clip_train", "ratio", _ratio(first, second)),
-            *(Row(f"  {name}", "pictures/s", rate) for name, rate in rates.items()),
-        ]
-        what = self.shards or f"synthetic {PHOTO[0]}x{PHOTO[1]} photographs"
-        return Findings(
-            rows,
-            [
-                f"{num} pictures a round ({what}, {size / 1e3:.0f} kB each), batch "
-                f"{self.batch_size}, one process",
-                "both: read, decode, random resized crop (0.9, 1.0) to 224 px bicubic, tokenise",
-                "ours ends in uint8 and lets the JPEG decoder reduce; open_clip_train "
-                f"{version('open_clip_torch')} (webdataset {version('webdataset')}) decodes in "
-                "full and ends in normalised float",
-            ],
-        )
+        return ours
 
-    def _write(self, folder: Path) -> tuple[str, int, float]:
-        """Four shards of KEY.jpg and KEY.txt, which both loaders read; pattern, pictures, bytes."""
-        from webdataset.writer import TarWriter
-
-        pairs, count, size = self._pairs(), 0, 0
-        for shard, quarter in enumerate(range(4)):
-            wanted = (self.num + quarter) // 4
-            with TarWriter(str(folder / f"bench-{shard}.tar"), encoder=False) as tar:
-                for picture, caption in itertools.islice(pairs, wanted):
-                    sample = {"jpg": picture, "txt": caption.encode()}
-                    tar.write({"__key__": f"{count:06d}", **sample})
-                    count, size = count + 1, size + len(picture)
-        return str(folder / "bench-{0..3}.tar"), count, size / count
-
-    def _pairs(self) -> Iterator[tuple[bytes, str]]:
-        from superclip.data.scenes import Scenes
-        from superclip.data.shards import Shards
-
-        if self.shards is None:
-            captions = Scenes("bench", self.num)
-            for row in range(self.num):
-                picture = photograph(row).picture
-                assert isinstance(picture, bytes)
-                yield picture, captions.scene(row).caption
-            return
-        source = Shards(self.shards)
-        if source.num_images < self.num:
-            raise UserError(
-                f"--num {self.num}: {self.shards} holds only {source.num_images} pictures"
-            )
-        for record in map(source.read, range(self.num)):
-            assert isinstance(record.picture, bytes)
-            yield record.picture, record.captions[0]
-
-    def _peer(self, pattern: str, num: int, bpe: Any, mean: Any, std: Any) -> Callable[[], None]:
-        """open_clip_train's validation reader, with the training transform.
-
-        Its training reader fails at the end of a shard under webdataset 1.0 (KeyError 'fname'). The
-        two differ by the shuffles of shards and of still encoded samples.
-        """
+    def _theirs(self, shard: Path, tokenizer: Any) -> Callable[[], None]:
+        """Under webdataset 1.0 `is_train=True` ends in a KeyError ('fname') at the end of a shard;
+        all that it does more is to shuffle shards and still encoded samples."""
         from argparse import Namespace
 
-        import open_clip
+        from open_clip import image_transform
         from open_clip_train.data import get_wds_dataset
 
-        options = {"val_num_samples": num, "workers": 0, "batch_size": self.batch_size}
-        transform = open_clip.image_transform(224, is_train=True, mean=mean, std=std)
-        args = Namespace(val_data=pattern, **options)
-        data = get_wds_dataset(args, transform, is_train=False, tokenizer=bpe)
+        options = {"val_num_samples": self.num, "workers": 0, "batch_size": self.batch_size}
+        args, transform = Namespace(val_data=str(shard), **options), image_transform(224, True)
+        data = get_wds_dataset(args, transform, is_train=False, tokenizer=tokenizer)
 
         def theirs() -> None:
-            assert sum(len(images) for images, _ in data.dataloader) == num
+            assert sum(len(images) for images, _ in data.dataloader) == self.num
 
         return theirs
 
 
 def photograph(row: int) -> Record:
-    """A JPEG of smooth noise in four octaves, about as many bytes as a photograph, with COCO-like
-    boxes; a pure function of `row`."""
+    """A JPEG of noise in four octaves, about as many bytes as a photograph, with COCO-like boxes
+    and a short caption; a pure function of `row`."""
     import io
 
     import numpy as np
-
-    from superclip.data.batch import Boxes, Record
-
-    rng, (width, height) = np.random.Generator(np.random.Philox(key=row)), PHOTO
-    buffer = io.BytesIO()
-    _smooth_noise(rng).save(buffer, "JPEG", quality=90)
-    count = 1 + int(rng.poisson(6))
-    sides = np.exp(rng.uniform(np.log(0.04), np.log(0.9), (count, 2)))
-    corner = rng.random((count, 2)) * (1 - sides)
-    xywh = np.concatenate([corner, sides], 1) * [width, height, width, height]
-    categories = tuple(map(str, rng.integers(80, size=count)))
-    boxes = Boxes(xywh.astype(np.float32), categories, np.zeros(count, bool))
-    return Record(row, str(row), width, height, buffer.getvalue(), ("",), (row,), boxes)
-
-
-def _smooth_noise(rng: np.random.Generator) -> Image.Image:
-    import numpy as np
     from PIL import Image
 
+    from superclip.data.batch import Boxes, Record
+    from superclip.data.scenes import Scenes
+
+    rng, buffer = np.random.Generator(np.random.Philox(key=row)), io.BytesIO()
     picture = Image.new("RGB", PHOTO)
     for cells, share in ((4, 1.0), (16, 0.4), (64, 0.25), (320, 0.15)):
         noise = rng.integers(0, 256, (cells * 3 // 4, cells, 3), np.uint8)
         octave = Image.fromarray(noise).resize(PHOTO, Image.Resampling.BICUBIC)
         picture = Image.blend(picture, octave, share)
-    return picture
+    picture.save(buffer, "JPEG", quality=90)
+    count = 1 + int(rng.poisson(6))
+    sides = np.exp(rng.uniform(np.log(0.04), np.log(0.9), (count, 2)))
+    corner = rng.random((count, 2)) * (1 - sides)
+    xywh = (np.concatenate([corner, sides], axis=1) * (*PHOTO, *PHOTO)).astype(np.float32)
+    categories = tuple(map(str, rng.integers(80, size=count)))
+    boxes = Boxes(xywh, categories, np.zeros(count, bool))
+    caption = Scenes("bench", row + 1).scene(row).caption
+    return Record(row, str(row), *PHOTO, buffer.getvalue(), (caption,), (row,), boxes)
 
 
 def settle_on(device: torch.device) -> Callable[[], object]:
@@ -643,10 +639,6 @@ def main(argv: list[str]) -> None:
             "rows": [row.to_dict() for row in found.rows],
         }
         bench.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def _ratio(a: Series, b: Series) -> list[Cost]:
-    return each(operator.truediv, a, b)
 
 
 if __name__ == "__main__":

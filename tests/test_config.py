@@ -133,7 +133,7 @@ def test_help_teaches_and_touches_no_torch(name):
         "import sys, runpy\n"
         "sys.argv = ['x', '--help']\n"
         "try:\n"
-        f"    runpy.run_module('{name}', run_name='__main__')\n"
+        f"    runpy.run_module('{name}', run_name='__main__', alter_sys=True)\n"
         "except SystemExit as stop:\n"
         "    assert not stop.code\n"
         "heavy = {'torch', 'matplotlib', 'transformer_lens'} & set(sys.modules)\n"

@@ -14,7 +14,9 @@ from interp.analysis import Findings
 from interp.heads import Head
 from interp.render.canvas import LIGHT, place, themed, write
 from interp.render.gallery import (
+    attention,
     box_area,
+    boxes,
     draw_attention,
     draw_picture,
     draw_scale,
@@ -60,12 +62,14 @@ def frame(
 ) -> Figure:
     """Gallery picture `i`, and the attention of both heads on it."""
     name, split = facts(results, i)
+    patches = results.maps.shape[-1]
     with themed(LIGHT):
         figure = Figure(figsize=(8.9, 3.95))
         title = f"{subject(results)}: {attention_of(results)}"
         write(figure, 0.15, 0.13, title, size=10, weight="bold")
         panels = [place(figure, 0.15 + k * 2.75, 0.72, 2.6, 2.6) for k in range(3)]
-        draw_picture(panels[0], results, i)
+        picture, marked = results.gallery_pixels[i], boxes(results, i)
+        draw_picture(panels[0], picture, marked)
         words = [
             (
                 f"picture {i + 1} of the gallery",
@@ -77,14 +81,14 @@ def frame(
         for k, (role, head) in enumerate(
             (("champion", findings.champion), ("challenger", challenger)), start=1
         ):
-            draw_attention(panels[k], results, head, i, norm)
+            draw_attention(panels[k], picture, marked, attention(results, head, i), norm)
             here = f"in-box mass of this picture {number(mass(results, head, i))}"
             words.append((f"{role} {head}", here, *evidence(findings, head)))
         for k, (above, *under) in enumerate(words):
             write(figure, 0.15 + k * 2.75, 0.5, above, size=9, weight="bold" if k else "normal")
-            write(figure, 0.15 + k * 2.75, 3.38, "\n".join(under), size=7.5, linespacing=1.35)
-        draw_scale(figure, place(figure, 8.35, 0.72, 0.1, 2.6), results, norm)
-        write(figure, 8.75, 0.16, scale_words(results), size=7, ha="right", color=LIGHT.muted)
+            write(figure, 0.15 + k * 2.75, 3.38, "\n".join(under), size=8, linespacing=1.35)
+        draw_scale(figure, place(figure, 8.35, 0.72, 0.1, 2.6), patches, norm)
+        write(figure, 8.75, 0.16, scale_words(patches), size=7, ha="right", color=LIGHT.muted)
     return figure
 
 
@@ -143,6 +147,9 @@ def _one_palette(
     weight = np.broadcast_to(strip, (len(sample) // 10, *strip.shape))
     sheet = Image.fromarray(np.concatenate([sample, weight]))
     palette = sheet.quantize(256, Image.Quantize.MEDIANCUT)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    colours[colours.sum(axis=1).argmax()] = 255  # the paper
+    palette.putpalette(colours.ravel().tolist())
     return [
         np.asarray(
             Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")

@@ -14,16 +14,20 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure's text, lines and background."""
+    """Colours of a figure's text, lines and background, and of two kinds of baselines (Okabe and
+    Ito's palette, told apart under every common colour blindness)."""
 
     ink: str
     muted: str
     rule: str
     paper: str
+    towers: str
+    pixels: str
 
 
-LIGHT = Theme("#1b1d21", "#5a6069", "#c5c9cf", "#ffffff")
-DARK = Theme("#e9e7e2", "#a6abb5", "#454b54", "#17191d")
+LIGHT = Theme("#1b1d21", "#5a6069", "#c5c9cf", "#ffffff", "#0072b2", "#c25400")
+DARK = Theme("#e9e7e2", "#a6abb5", "#454b54", "#17191d", "#56b4e9", "#e69f00")
+DPI = 160
 
 
 @contextmanager
@@ -64,7 +68,7 @@ def write(figure: Figure, left: float, top: float, text: str, **style: object) -
     figure.text(left / across, 1 - top / down, text, **({"va": "top"} | style))  # pyright: ignore[reportArgumentType]
 
 
-def png(figure: Figure, dpi: int = 160) -> bytes:
+def png(figure: Figure, dpi: int = DPI) -> bytes:
     """The figure as a PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})

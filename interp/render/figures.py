@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -28,6 +31,8 @@ MAP = "PuOr_r"
 
 CELLS_WITH_NUMBERS = 150
 CHAMPION = "#d4006a"
+BLIND = "own prior, uniform, any fixed map"
+UNTRAINED = "untrained tower"
 
 
 def heat_map(results: SweepResults, findings: Findings, theme: Theme = LIGHT) -> Figure:
@@ -53,7 +58,7 @@ def heat_map(results: SweepResults, findings: Findings, theme: Theme = LIGHT) ->
         axes.grid(which="minor", color=theme.paper, linewidth=1.5)
         axes.spines[:].set_visible(False)
         for layer, index in np.argwhere(significant(findings)):
-            dot_ink = _ink_on(values[layer, index] / limit)
+            dot_ink = _ink_on(float(values[layer, index]) / limit)
             axes.plot(index + 0.5 - 0.08 / wide, layer - 0.5 + 0.08 / high, ".", c=dot_ink, ms=5)
         if values.size <= CELLS_WITH_NUMBERS:
             size = 8 if wide > 0.5 else 6.5
@@ -99,21 +104,23 @@ def layers_plot(results: SweepResults, findings: Findings, theme: Theme = LIGHT)
     lines, and those beyond the scale are named in the figure."""
     band, marked = findings.verdict.band, significant(findings)
     layers, heads = band.estimate.shape
-    width, height = float(np.clip(0.16 * layers * heads + 3.2, 6.4, 9.6)), 3.9
+    width = float(np.clip(0.12 * layers * heads + 3.2, 5.6, 10))
     lines = _lines(findings)
     top = max(float(band.high.max()), *(value for value, _, far in lines if not far))
     bottom = min(float(band.low.min()), 0.0)
     inside = [(v, name) for v, name, far in lines if not far or bottom <= v <= 1.6 * top]
     beyond = [(v, name) for v, name, far in lines if far and not bottom <= v <= 1.6 * top]
     top, pad = max(top, *(v for v, _ in inside)), 0.05 * (top - bottom)
+    marks = _layers_marks(findings, beyond, round(13 * width))
+    height = 3.65 + 0.17 * marks.count("\n")
     with themed(theme):
         figure = Figure(figsize=(width, height))
         _title(figure, results, "Heads of each layer against the baselines", theme)
-        axes = place(figure, 0.75, 0.7, width - 3.1, height - 1.55)
+        axes = place(figure, 0.75, 0.7, width - 2.95, 2.4)
         axes.set_xlim(-0.5, layers - 0.5)
         axes.set_ylim(bottom - pad, top + pad)
         for value, name in inside:
-            axes.axhline(value, color=_line_colour(name, theme), linewidth=0.9, zorder=1)
+            axes.axhline(value, color=_line_colour(name, theme), linewidth=0.7, zorder=1)
         _label_lines(axes, inside, theme)
         for layer in range(layers):
             x = layer + (np.arange(heads) + 0.5) / heads * 0.8 - 0.4
@@ -132,28 +139,26 @@ def layers_plot(results: SweepResults, findings: Findings, theme: Theme = LIGHT)
         axes.tick_params(axis="y", length=2)
         axes.set_ylabel("validation excess")
         axes.spines[["top", "right"]].set_visible(False)
-        write(
-            figure, 0.15, height - 0.58, _layers_marks(findings, beyond), size=7.5, linespacing=1.5
-        )
+        write(figure, 0.15, 3.35, marks, size=7.5, linespacing=1.5)
     return figure
 
 
-def _layers_marks(findings: Findings, beyond: list[tuple[float, str]]) -> str:
+def _layers_marks(findings: Findings, beyond: list[tuple[float, str]], letters: int) -> str:
     line = (
         f"Bars: simultaneous 95 % band, n = {count(findings.verdict.band.n)}. Filled: significant "
         f"on discovery. Ring: champion {findings.champion}."
     )
     if beyond:
         named = ", ".join(f"{name} {number(v)}" for v, name in sorted(beyond, reverse=True))
-        line += f"\nOff the scale: {named}."
-    return line
+        line += f" Off the scale: {named}."
+    return textwrap.fill(line, letters)
 
 
 def _lines(findings: Findings) -> list[tuple[float, str, bool]]:
     """Height, name, and whether the line may fall off the scale."""
-    lines = [(0.0, "own prior, uniform, any fixed map", False)]
+    lines = [(0.0, BLIND, False)]
     lines += [
-        (row.excess.estimate, "untrained tower", False)
+        (row.excess.estimate, UNTRAINED, False)
         for row in untrained(findings)
         if row.excess is not None
     ]
@@ -165,31 +170,25 @@ def _lines(findings: Findings) -> list[tuple[float, str, bool]]:
 
 
 def _line_colour(name: str, theme: Theme) -> str:
-    return {"own prior, uniform, any fixed map": theme.ink, "untrained tower": "#0072b2"}.get(
-        name, "#d55e00"
-    )
+    return {BLIND: theme.ink, UNTRAINED: theme.towers}.get(name, theme.pixels)
 
 
-def _label_lines(axes, lines: list[tuple[float, str]], theme: Theme) -> None:
+def _label_lines(axes: Axes, lines: list[tuple[float, str]], theme: Theme) -> None:
     """Names at the right margin, pushed apart where lines lie close; untrained towers share one."""
-    towers = [value for value, name in lines if name == "untrained tower"]
-    labels = [(value, name) for value, name in lines if name != "untrained tower"]
+    towers = [value for value, name in lines if name == UNTRAINED]
+    labels = [(value, name) for value, name in lines if name != UNTRAINED]
     if towers:
-        labels.append((float(np.mean(towers)), "untrained tower"))
+        labels.append((float(np.mean(towers)), UNTRAINED))
     labels.sort()
-    low, high = axes.get_ylim()
-    step = 0.075 * (high - low)
-    heights = spread(np.array([value for value, _ in labels]), step)
-    for (_, name), height in zip(labels, heights):
-        many = f"{plural(len(towers), 'untrained tower')}, best head each"
-        axes.text(
-            axes.get_xlim()[1],
-            height,
-            "  " + (many if name == "untrained tower" else name),
-            color=_line_colour(name, theme),
-            size=7,
-            va="center",
-        )
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    heights = spread(np.array([value for value, _ in labels]), 0.075 * (high - low))
+    leader = 0.05 * (right - left)
+    for (value, name), height in zip(labels, heights):
+        many = f"{plural(len(towers), UNTRAINED)}, best head each"
+        text = many if name == UNTRAINED else name
+        colour = _line_colour(name, theme)
+        axes.plot([right, right + leader], [value, height], color=colour, lw=0.7, clip_on=False)
+        axes.text(right + 1.3 * leader, height, text, color=colour, size=7, va="center")
 
 
 def spread(values: Float[np.ndarray, " k"], step: float) -> Float[np.ndarray, " k"]:

@@ -45,6 +45,11 @@ def scale(results: SweepResults, heads: Sequence[Head]) -> Normalize:
     return Normalize(0, max(values))
 
 
+def boxes(results: SweepResults, i: int) -> Float[np.ndarray, "k 4"]:
+    """Boxes xyxy of gallery picture `i`, in its pixels."""
+    return results.gallery_boxes[results.gallery_boxes[:, 0] == i, 1:]
+
+
 def facts(results: SweepResults, i: int) -> tuple[str, str]:
     """Public id and split of gallery picture `i`."""
     row = results.gallery_rows[i]
@@ -67,28 +72,46 @@ def box_area(results: SweepResults, i: int) -> float:
     return float((valid * results.coverage[row]).sum() / valid.sum())
 
 
-def draw_picture(axes: Axes, results: SweepResults, i: int) -> None:
-    """Gallery picture `i` as the tower saw it, with its boxes."""
-    axes.imshow(pixels(results, i), extent=_extent(results))
-    _finish(axes, results, i)
+def draw_picture(
+    axes: Axes, pixels: UInt8[np.ndarray, "3 s s"], boxes: Float[np.ndarray, "k 4"]
+) -> None:
+    """A picture as the tower saw it, with boxes xyxy in its pixels."""
+    axes.imshow(pixels.transpose(1, 2, 0), extent=_extent(pixels))
+    _finish(axes, pixels, boxes)
 
 
-def draw_attention(axes: Axes, results: SweepResults, head: Head, i: int, norm: Normalize) -> None:
-    """The picture in grey under a head's attention; a patch is one square of constant colour.
+def draw_attention(
+    axes: Axes,
+    pixels: UInt8[np.ndarray, "3 s s"],
+    boxes: Float[np.ndarray, "k 4"],
+    attention: Float[np.ndarray, "rows columns"],
+    norm: Normalize,
+) -> None:
+    """The picture in grey under attention; a patch is one square of constant colour.
 
     Grey keeps to the middle half, lest a bright picture be read as more attention.
     """
-    grey = pixels(results, i) @ np.array([0.299, 0.587, 0.114])
-    axes.imshow(grey, "gray", vmin=-128, vmax=383, extent=_extent(results))
+    grey = np.tensordot([0.299, 0.587, 0.114], pixels, 1)
+    axes.imshow(grey, "gray", vmin=-128, vmax=383, extent=_extent(pixels))
     axes.imshow(
-        attention(results, head, i),
-        MAP,
-        norm,
-        alpha=OPACITY,
-        extent=_extent(results),
-        interpolation="nearest",
+        attention, MAP, norm, alpha=OPACITY, extent=_extent(pixels), interpolation="nearest"
     )
-    _finish(axes, results, i)
+    _finish(axes, pixels, boxes)
+
+
+def _extent(pixels: np.ndarray) -> tuple[float, float, float, float]:
+    return 0, pixels.shape[-1], pixels.shape[-1], 0
+
+
+def _finish(axes: Axes, pixels: np.ndarray, boxes: np.ndarray) -> None:
+    side = pixels.shape[-1]
+    halo = [patheffects.withStroke(linewidth=2.4, foreground="black")]
+    for left, top, right, bottom in boxes:
+        box = Rectangle((left, top), right - left, bottom - top, fill=False)
+        box.set(edgecolor="white", linewidth=1.1, path_effects=halo, joinstyle="miter")
+        axes.add_patch(box)
+    axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def scale_colours() -> Float[np.ndarray, "256 3"]:
@@ -97,41 +120,20 @@ def scale_colours() -> Float[np.ndarray, "256 3"]:
     return OPACITY * colours + (1 - OPACITY) * 0.5
 
 
-def draw_scale(figure: Figure, axes: Axes, results: SweepResults, norm: Normalize) -> None:
+def draw_scale(figure: Figure, axes: Axes, patches: int, norm: Normalize) -> None:
     """The colour bar, from 0 to the largest attention, with a tick at uniform attention."""
     box, (across, down) = axes.get_position(), figure.get_size_inches()
     upright = box.height * down > box.width * across
     shades = ScalarMappable(norm, ListedColormap(scale_colours().tolist()))
     bar = figure.colorbar(shades, axes, orientation="vertical" if upright else "horizontal")
-    uniform = 1 / (results.grid[0] * results.grid[1])
-    bar.set_ticks([0, uniform, float(norm.vmax or 1)])
+    bar.set_ticks([0, 1 / patches, float(norm.vmax or 1)])
     bar.set_ticklabels(["0", "", number(float(norm.vmax or 1))])
     bar.ax.tick_params(length=3, labelsize=6.5, color=matplotlib.rcParams["text.color"])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
-def scale_words(results: SweepResults) -> str:
-    return f"attention of a patch; tick: uniform {number(1 / (results.grid[0] * results.grid[1]))}"
-
-
-def pixels(results: SweepResults, i: int) -> UInt8[np.ndarray, "s s 3"]:
-    return results.gallery_pixels[i].transpose(1, 2, 0)
-
-
-def _extent(results: SweepResults) -> tuple[float, float, float, float]:
-    side = results.gallery_pixels.shape[-1]
-    return 0, side, side, 0
-
-
-def _finish(axes: Axes, results: SweepResults, i: int) -> None:
-    side = results.gallery_pixels.shape[-1]
-    halo = [patheffects.withStroke(linewidth=2.4, foreground="black")]
-    for _, left, top, right, bottom in results.gallery_boxes[results.gallery_boxes[:, 0] == i]:
-        box = Rectangle((left, top), right - left, bottom - top, fill=False)
-        box.set(edgecolor="white", linewidth=1.1, path_effects=halo, joinstyle="miter")
-        axes.add_patch(box)
-    axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
+def scale_words(patches: int) -> str:
+    return f"attention of a patch; tick: uniform {number(1 / patches)}"
 
 
 def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
@@ -139,11 +141,11 @@ def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
 
     With no picture in the results the figure says so.
     """
-    total = shown(results)
+    total, patches = shown(results), results.maps.shape[-1]
     rows = -(-total // COLUMNS)
     width = COLUMNS * (2 * _SIDE + _GAP) + 0.3 - _GAP
     with themed(theme):
-        figure = Figure(figsize=(width, 1.05 + rows * (_SIDE + _BELOW)))
+        figure = Figure(figsize=(width, 0.82 + rows * (_SIDE + _BELOW)))
         write(figure, 0.15, 0.12, f"Attention of {head} on the pictures", size=10.5, weight="bold")
         below = f"{subject(results)}, {results.manifest['data']['name']}, {attention_of(results)}"
         write(figure, 0.15, 0.36, below, size=8, color=theme.muted)
@@ -151,13 +153,15 @@ def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
             write(figure, 0.15, 0.66, caption(results, head), size=8)
             return figure
         norm = scale(results, [head])
-        draw_scale(figure, place(figure, width - 2.3, 0.3, 2.0, 0.1), results, norm)
-        write(figure, width - 2.3, 0.14, scale_words(results), size=6.5, color=theme.muted)
+        draw_scale(figure, place(figure, width - 2.3, 0.3, 2.0, 0.1), patches, norm)
+        write(figure, width - 2.3, 0.14, scale_words(patches), size=6.5, color=theme.muted)
         for i in range(total):
             left = 0.15 + (i % COLUMNS) * (2 * _SIDE + _GAP)
             top = 0.8 + (i // COLUMNS) * (_SIDE + _BELOW)
-            draw_picture(place(figure, left, top, _SIDE, _SIDE), results, i)
-            draw_attention(place(figure, left + _SIDE, top, _SIDE, _SIDE), results, head, i, norm)
+            picture, marked = results.gallery_pixels[i], boxes(results, i)
+            draw_picture(place(figure, left, top, _SIDE, _SIDE), picture, marked)
+            over = place(figure, left + _SIDE, top, _SIDE, _SIDE)
+            draw_attention(over, picture, marked, attention(results, head, i), norm)
             name, split = facts(results, i)
             inside, area = number(mass(results, head, i)), number(box_area(results, i))
             write(figure, left, top + _SIDE + 0.05, f"in-box mass {inside}, area {area}", size=7)
@@ -166,11 +170,47 @@ def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
+def head_grid(
+    pixels: UInt8[np.ndarray, "3 s s"],
+    boxes: Float[np.ndarray, "k 4"],
+    maps: Float[np.ndarray, "l h p"],
+    grid: tuple[int, int],
+    heads: Sequence[Head] | None = None,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """One picture under every head, a row a layer, or under the heads given, in one row; all on one
+    colour scale.
+
+    Args:
+        maps: attention over the patches `grid`, which sums to 1.
+    """
+    layers, across = maps.shape[:2]
+    rows = [[Head(i, j) for j in range(across)] for i in range(layers)]
+    rows = rows if heads is None else [list(heads)]
+    norm = Normalize(0, max(float(maps[h.layer, h.index].max()) for row in rows for h in row))
+    side, patches = 1.1 if heads is None else 2.2, maps.shape[2]
+    width = max(len(rows[0]) * (side + 0.08) + 0.3 + side, 4.2)
+    with themed(theme):
+        figure = Figure(figsize=(width, 0.75 + len(rows) * (side + 0.22)))
+        write(figure, 0.15, 0.1, scale_words(patches), size=7, color=theme.muted)
+        draw_scale(figure, place(figure, 0.15, 0.26, 2.0, 0.1), patches, norm)
+        draw_picture(place(figure, 0.15, 0.82, side, side), pixels, boxes)
+        for i, row in enumerate(rows):
+            for j, head in enumerate(row):
+                left, top = 0.23 + side + j * (side + 0.08), 0.82 + i * (side + 0.22)
+                write(figure, left, top - 0.15, str(head), size=7.5)
+                attention = maps[head.layer, head.index].reshape(grid)
+                over = place(figure, left, top, side, side)
+                draw_attention(over, pixels, boxes, attention, norm)
+    return figure
+
+
 def caption(results: SweepResults, head: Head) -> str:
     """What the gallery shows, its colour scale and how its pictures were come by."""
     total = shown(results)
     if total == 0:
         return f"No pictures of {head}: the sweep kept none (--gallery 0)."
+    largest = number(float(scale(results, [head]).vmax or 0))
     first = np.array_equal(results.gallery_rows[:total], np.arange(total))
     chosen = "the first" if first else "a choice"
     return (
@@ -178,7 +218,7 @@ def caption(results: SweepResults, head: Head) -> str:
         f"{plural(len(results.image_ids), 'scored picture')} in the data's order, not picked by "
         "score. Each pair: pixels as the tower saw them with their boxes, then the same in grey "
         f"under the attention, patches drawn as they are (nearest neighbour, {percent(OPACITY)} "
-        f"opaque). One colour scale for all, 0 to {number(float(scale(results, [head]).vmax or 0))} of the "
+        f"opaque). One colour scale for all, 0 to {largest} of the "
         "attention to patches. In-box mass is this picture's; area is what uniform attention "
         "would have."
     )

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from interp.analysis import Findings
 from interp.heads import Head
 from interp.render import animation, figures, gallery, words
-from interp.render.canvas import DARK, png
+from interp.render.canvas import DARK, DPI, png
 from interp.results import SweepResults
 from interp.stats.intervals import Interval
 
@@ -41,6 +41,11 @@ class Picture:
     caption: str = ""
     dark: bytes = b""
     still: bytes = b""
+
+    @property
+    def width(self) -> int:
+        """CSS pixels at which an inch of a PNG is an inch."""
+        return int.from_bytes(self.light[16:20]) * 96 // DPI
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,19 @@ class Sheet:
             f"{name.replace('_', ' ')} {words.count(n)}" for name, n in manifest["counts"].items()
         )
         checkpoint = manifest["checkpoint"]
-        titles = {"lr": "learning rate", "sha256": "checkpoint sha256", "trained_on": "trained on"}
+        titles = {
+            "model": "model",
+            "loss": "loss",
+            "lr": "learning rate",
+            "seed": "seed",
+            "epoch": "epochs",
+            "pretrained": "pretrained",
+            "trained_on": "trained on",
+            "commit": "commit",
+            "sha256": "checkpoint sha256",
+        }
         return [
-            *((titles.get(name, name), str(value)) for name, value in checkpoint.items()),
+            *((title, str(checkpoint[key])) for key, title in titles.items() if key in checkpoint),
             (
                 "tower",
                 f"{tower['layers']} layers of {tower['heads']} heads, {tower['grid'][0]} x "
@@ -194,6 +209,7 @@ def render_page(sheets: Sequence[Sheet], commands: Sequence[str], notes: Sequenc
         "percent": words.percent,
         "count": words.count,
         "p": words.p_value,
+        "stacked": _stacked,
         "data": _data_uri,
     }
     environment.globals |= {"span": words.span, "number": words.number, "count": words.count}
@@ -209,6 +225,12 @@ def render_page(sheets: Sequence[Sheet], commands: Sequence[str], notes: Sequenc
 def _own(name: str) -> Markup:
     """A file of this package, which needs no escaping."""
     return Markup((resources.files("interp.render") / name).read_text())
+
+
+def _stacked(interval: Interval | dict[str, Any], digits: int = 3) -> Markup:
+    """An interval in a table's cell: the estimate above its bounds."""
+    estimate, bounds = words.span(interval, digits).split(" ", 1)
+    return Markup("{} <small>{}</small>").format(estimate, bounds)
 
 
 def _data_uri(picture: bytes) -> str:

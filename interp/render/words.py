@@ -201,9 +201,9 @@ def _pixels(rows: Sequence[Baseline]) -> str:
     assert best.excess is not None
     return (
         f"Against {plural(len(rows), 'map')} made from the pixels without a network, the "
-        f"champion's excess lies above {signs.count(1)}, below {signs.count(-1)}, and is not told apart from "
-        f"{signs.count(0)}. The strongest, {best.name}, has {span(best.excess, 4)}; champion minus "
-        f"it {span(best.difference, 4)}, n = {count(best.difference.n)}."
+        f"champion's excess lies above {signs.count(1)}, below {signs.count(-1)}, and is not told "
+        f"apart from {signs.count(0)}. The strongest, {best.name}, has {span(best.excess, 4)}; "
+        f"champion minus it {span(best.difference, 4)}, n = {count(best.difference.n)}."
     )
 
 
@@ -218,7 +218,8 @@ def _selectivity(findings: Findings) -> str:
     }[sign(uniform.selectivity_difference)]
     return (
         "Between objects and unannotated clutter it gives the objects "
-        f"{span(findings.selectivity)} of its mass; uniform attention {number(uniform.selectivity.estimate)}, difference "
+        f"{span(findings.selectivity)} of its mass; uniform attention "
+        f"{number(uniform.selectivity.estimate)}, difference "
         f"{span(uniform.selectivity_difference)}, n = {count(findings.selectivity.n)}: {verdict}."
     )
 

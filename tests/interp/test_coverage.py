@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.stats import raster_coverage
 
 from interp.grounding.coverage import (
     category_coverage,
@@ -9,7 +10,6 @@ from interp.grounding.coverage import (
     patch_coverage,
     pointing_hits,
 )
-from reference.stats import raster_coverage
 
 SIZE, FINE = 24, 8
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
+from reference import metrics as reference
 
 from interp.grounding import baselines, metrics
 from interp.grounding.metrics import PairScores
 from interp.heads import Head
-from reference import metrics as reference
 
 N, L, H, P = 12, 2, 3, 9
 

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from reference import stats as reference
 
 from interp.grounding.metrics import PairScores, excess
 from interp.heads import Head
@@ -21,7 +22,6 @@ from interp.stats.multiplicity import holm, max_t, mcnemar, sign_flip_test
 from interp.stats.pairing import pairing_draws, pairing_test
 from interp.stats.selection import best_heads, champion, judge
 from interp.stats.splits import assign_split, groups, strata, strata_by_split
-from reference import stats as reference
 
 N, L, H, P = 24, 2, 3, 6
 

@@ -1,0 +1,183 @@
+"""The sweep end to end: bytes, splits, planted heads, bad input."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import command, refused
+
+from interp.analysis import analyse, plain
+from interp.collect import FEWEST, SALIENCY
+from interp.heads import Head
+from interp.results import METRICS, SweepResults, images_sha256
+from interp.stats.splits import assign_split
+from superclip.errors import UserError
+
+WORDS = "--num 220 --untrained 2 --draws 199 --gallery 4 --threads 1"
+
+
+def sweep(run, out, *more):
+    ckpt = str(run / "final_epoch.pt")
+    done = command("interp.sweep", "--ckpt", ckpt, *WORDS.split(), "--out", str(out), *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "results"
+    return out, sweep(tiny_run, out, "--metric", "legacy-mass")
+
+
+def test_two_sweeps_write_identical_bytes(tiny_run, swept, tmp_path):
+    first, printed = swept
+    assert (
+        sweep(tiny_run, tmp_path / "again", "--metric", "legacy-mass").replace(
+            str(tmp_path / "again"), str(first)
+        )
+        == printed
+    )
+    for name in ("results.npz", "results.json", "findings.json", "heads.csv"):
+        assert (first / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_results_hold_what_the_schema_says(swept):
+    results = SweepResults.load(swept[0])
+    n, layers, heads, p = results.maps.shape
+    assert (layers, heads, p) == (4, 4, 25) and results.maps.dtype == np.float16
+    np.testing.assert_allclose(results.maps.astype(float).sum(-1), 1, atol=5e-3)
+    counts = results.manifest["counts"]
+    assert counts["discovery"] + counts["validation"] == n
+    assert (
+        counts["listed"]
+        == 220
+        == n
+        + sum(
+            counts[k]
+            for k in ("confirm_set_aside", "trained_on", "without_object", "near_duplicates")
+        )
+    )
+    names = [assign_split(key) for key in results.image_ids]
+    assert "confirm" not in names
+    assert [("discovery", "validation").index(s) for s in names] == results.split.tolist()
+    assert set(results.metrics) == {*METRICS, "legacy_mass"}
+    assert results.saliency.shape == (n, len(SALIENCY), p)
+    assert results.untrained_maps.shape == (n, 2, p)
+    assert results.manifest["untrained"][0]["own_initialisation"]
+    assert results.manifest["images_sha256"] == images_sha256(results.image_ids, results.coverage)
+    assert results.gallery_pixels.shape == (4, 3, 80, 80)
+
+
+def test_manifest_tells_no_clock_host_or_path(swept):
+    text = (swept[0] / "results.json").read_text()
+    assert not re.search(r"/|\d\d:\d\d", json.dumps(json.loads(text))), text
+
+
+def test_square_pictures_make_legacy_mass_a_centre_rule(swept):
+    """A scene's box holds its cell's centre, so here the two measures nearly agree."""
+    results = SweepResults.load(swept[0])
+    legacy, sound = results.metrics["legacy_mass"], results.metrics["in_box_mass"]
+    assert np.corrcoef(legacy.ravel(), sound.ravel())[0, 1] > 0.95
+
+
+def planted(results: SweepResults, head: Head, strength: float) -> SweepResults:
+    """The same sweep with one head that puts extra attention on the objects of its own picture."""
+    maps = results.maps.astype(np.float64)
+    target = results.coverage / results.coverage.sum(1, keepdims=True)
+    mixed = (1 - strength) * maps[:, head.layer, head.index] + strength * target
+    maps[:, head.layer, head.index] = mixed
+    return replace(results, maps=maps.astype(np.float16))
+
+
+def test_a_planted_head_is_found(swept):
+    results = SweepResults.load(swept[0])
+    findings = analyse(planted(results, Head(2, 1), 0.15))
+    assert findings.champion == Head(2, 1)
+    assert findings.verdict.p[0] <= 0.01
+    assert findings.verdict.validation[0].low > 0.08
+    untrained = [b for b in findings.baselines if b.name.startswith("untrained")]
+    assert len(untrained) == 2 and all(b.difference.low > 0 for b in untrained)
+    assert findings.selectivity.estimate > 0.4
+
+
+def test_shuffled_boxes_find_nothing(swept):
+    results = SweepResults.load(swept[0])
+    rng = np.random.default_rng(0)
+    order = np.arange(len(results.split))
+    for label in np.unique(results.stratum):
+        rows = np.flatnonzero(results.stratum == label)
+        order[rows] = rng.permutation(rows)
+    found = analyse(replace(results, coverage=results.coverage[order]))
+    assert found.verdict.discovery.p_adjusted.min() > 0.01
+    assert found.verdict.validation[0].low < 0.005
+
+
+def test_findings_are_plain_values(swept):
+    results = SweepResults.load(swept[0])
+    assert json.loads((swept[0] / "findings.json").read_text()) == json.loads(
+        json.dumps(plain(analyse(results)))
+    )
+
+
+def test_patch_queries_are_another_kind(tiny_run, tmp_path):
+    text = sweep(tiny_run, tmp_path / "p", "--kind", "patches", "--untrained", "0")
+    assert "mean over patch queries" in text
+    assert SweepResults.load(tmp_path / "p").manifest["kind"] == "patches"
+
+
+def test_ablation_of_the_champion(tiny_run, swept):
+    out = swept[0]
+    words = "--heads champion,random:2,L0H0 --sets 3 --draws 199 --threads 1"
+    ckpt = str(tiny_run / "final_epoch.pt")
+    done = command("interp.ablate", "--ckpt", ckpt, "--results", str(out), *words.split())
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "ablation.json").read_text())
+    assert {row["kind"] for row in report["heads"]} == {"zero", "mean"}
+    champion = json.loads((out / "findings.json").read_text())["champion"]["head"]
+    assert [r["head"] for r in report["heads"] if r["role"] == "champion"] == [champion] * 2
+    assert report["sets"]["of"] == 4 and report["champion_rank"]["mean"]["of"] == 3
+    assert report["n"] == SweepResults.load(out).manifest["counts"]["validation"]
+    line = refused("interp.ablate", "--ckpt", ckpt, "--results", str(out))
+    assert "--overwrite" in line
+    for heads, said in (
+        ("L9H0", "4 layers of 4 heads"),
+        ("best", "L11H5"),
+        ("random:x", "random:K"),
+    ):
+        flags = ("--results", str(out), "--overwrite", "--heads", heads)
+        assert said in refused("interp.ablate", "--ckpt", ckpt, *flags)
+
+
+def test_nothing_is_overwritten_unasked(tiny_run, swept):
+    ckpt = str(tiny_run / "final_epoch.pt")
+    line = refused("interp.sweep", "--ckpt", ckpt, "--out", str(swept[0]))
+    assert "--overwrite" in line
+
+
+def test_bad_input_gets_one_line(tiny_run, tmp_path):
+    ckpt = str(tiny_run / "final_epoch.pt")
+    cases = [
+        (("--ckpt", str(tmp_path / "none.pt")), "does not exist"),
+        (("--ckpt", ckpt, "--num", "30"), f"{FEWEST} are needed"),
+        (("--ckpt", ckpt, "--data", "coco"), "--root"),
+        (("--ckpt", ckpt, "--data", "scenes:train", "--num", "200"), "are needed"),
+        (("--pretrained", "openai"), "--model"),
+    ]
+    for words, said in cases:
+        out = tmp_path / "out"
+        assert said in refused("interp.sweep", *words, "--out", str(out), "--untrained", "0")
+        assert not out.exists(), "something half-written stays behind"
+
+
+def test_damaged_results_are_refused(swept, tmp_path):
+    for name in ("results.json", "results.npz"):
+        (tmp_path / name).write_bytes((swept[0] / name).read_bytes())
+    (tmp_path / "results.npz").write_bytes((swept[0] / "results.npz").read_bytes()[:5000])
+    with pytest.raises(UserError, match="can't be read"):
+        SweepResults.load(tmp_path)
+    manifest = json.loads((swept[0] / "results.json").read_text()) | {"schema": 7}
+    (tmp_path / "results.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="schema 7"):
+        SweepResults.load(tmp_path)
