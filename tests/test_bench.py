@@ -56,7 +56,7 @@ def test_the_loader_bench_reads_shards_that_are_given(bench, tmp_path, capsys):
     shards = str(tmp_path / "train-000000.tar")
     bench.main(["loader", "--shards", shards, "--num", "4", "--batch-size", "2", "--rounds", "1"])
     assert f"4 pictures a round ({shards}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--num 6: .* holds only 4 pictures"):
+    with pytest.raises(ValueError, match="holds only 4 pictures"):
         bench.main(["loader", "--shards", shards, "--num", "6", "--batch-size", "2"])
 
 

@@ -1,0 +1,54 @@
+"""Every command that the README shows exists and takes the flags it is given."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from superclip.config import EvalConfig
+from superclip.errors import UserError
+from superclip.flags import parse, parse_train
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
+LINES = [line.split("  #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
+MODULES = [line for line in LINES if line.startswith("python -m ")]
+
+
+def test_the_readme_shows_commands():
+    assert len(MODULES) >= 8
+
+
+@pytest.mark.parametrize("line", MODULES)
+def test_flags_of_shown_commands_are_understood(line):
+    _, _, module, *words = shlex.split(line)
+    if module == "superclip.train":
+        parse_train(words)
+    elif module == "superclip.evaluate":
+        parse(EvalConfig, words, module, "")
+    elif module == "superclip.pack":
+        importlib.import_module(module)._parse(words)
+    else:
+        command = importlib.import_module(module)
+        config = next(v for k, v in vars(command).items() if k.endswith("Config"))
+        parse(config, words, module, "")
+
+
+def test_a_wrong_flag_would_be_noticed():
+    with pytest.raises(UserError):
+        parse_train(["--no-such-flag"])
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"(?:scripts|notebooks)/[\w.]+", README))))
+def test_files_named_in_the_readme_exist(name):
+    path = ROOT / name
+    assert path.exists() or path.is_dir(), name
+    if path.suffix == ".sh":
+        assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+    elif path.suffix == ".py":
+        done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
