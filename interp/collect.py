@@ -210,7 +210,9 @@ def _results(
         np.stack([b[k] for b in on_grid]).astype(np.float32) for k in range(4)
     )
     geometries = [preprocess.geometry(r) for r in records]
-    padding = [g.valid for g in geometries] if preprocess.mode == "pad" else None
+    patch = preprocess.size / grid[0]
+    whole_patches = [tuple(round(edge / patch) for edge in g.valid) for g in geometries]
+    padding = whole_patches if preprocess.mode == "pad" else None
     portrait = np.array([r.height > r.width for r in records])
     area = metrics.area(coverage, valid)
     stratum = strata_by_split(names, area, portrait, padding=padding)

@@ -78,6 +78,7 @@ def interleave(
     Args:
         settle: waits for what a side has only queued, on a GPU.
     """
+    print("one untimed pass of each side", file=sys.stderr, flush=True)
     for side in sides.values():  # allocations, caches, optimizer state
         side()
     settle()
@@ -387,10 +388,11 @@ def memory(run: Run, state: TrainState, batch: Batch) -> list[str]:
     columns, weights = head.linear.out_features, list(head.parameters())
     states = [t for p in weights for t in state.optimizer.state[p].values()]
     rows = min(len(batch), max(1, ROW_CHUNK_ELEMENTS // columns))
-    held, moments, counts, logits, dense = (
+    held, half, moments, counts, logits, dense = (
         f"{count / 1e6:.1f} MB"
         for count in (
             sum(p.nbytes for p in weights),
+            sum(p.nbytes for p in weights) / 2,
             sum(t.nbytes for t in states if isinstance(t, torch.Tensor)),
             sum(b.nbytes for b in state.loss.buffers()),
             4 * rows * columns,
@@ -403,6 +405,8 @@ def memory(run: Run, state: TrainState, batch: Batch) -> list[str]:
         f"token term: fp32 logits of {rows} rows at once {logits}, and as much for their gradient; "
         f"a dense target, never built, would add {dense}",
     ]
+    if run.precision != "fp32":
+        lines.append(f"mixed precision: weights and gradients of the head in half too, {half} each")
     if run.world.device.type == "cuda":
         lines.append(f"token term, forward and backward, measured: {term_peak(run, state, batch)}")
     return lines

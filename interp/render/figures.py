@@ -121,7 +121,7 @@ def layers_plot(results: SweepResults, findings: Findings, theme: Theme = LIGHT)
         axes.set_ylim(bottom - pad, top + pad)
         for value, name in inside:
             axes.axhline(value, color=_line_colour(name, theme), linewidth=0.7, zorder=1)
-        _label_lines(axes, inside, theme)
+        _label_lines(axes, width - 2.95, inside, theme)
         for layer in range(layers):
             x = layer + (np.arange(heads) + 0.5) / heads * 0.8 - 0.4
             mean = band.estimate[layer]
@@ -173,8 +173,9 @@ def _line_colour(name: str, theme: Theme) -> str:
     return {BLIND: theme.ink, UNTRAINED: theme.towers}.get(name, theme.pixels)
 
 
-def _label_lines(axes: Axes, lines: list[tuple[float, str]], theme: Theme) -> None:
-    """Names at the right margin, pushed apart where lines lie close; untrained towers share one."""
+def _label_lines(axes: Axes, width: float, lines: list[tuple[float, str]], theme: Theme) -> None:
+    """Names right of axes `width` inches wide, pushed apart where lines lie close; untrained towers
+    share one."""
     towers = [value for value, name in lines if name == UNTRAINED]
     labels = [(value, name) for value, name in lines if name != UNTRAINED]
     if towers:
@@ -182,7 +183,7 @@ def _label_lines(axes: Axes, lines: list[tuple[float, str]], theme: Theme) -> No
     labels.sort()
     (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
     heights = spread(np.array([value for value, _ in labels]), 0.075 * (high - low))
-    leader = 0.05 * (right - left)
+    leader = 0.12 / width * (right - left)
     for (value, name), height in zip(labels, heights):
         many = f"{plural(len(towers), UNTRAINED)}, best head each"
         text = many if name == UNTRAINED else name

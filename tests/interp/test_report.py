@@ -1,0 +1,263 @@
+"""The page says what the findings say, needs no network, and refuses what does not belong."""
+
+import hashlib
+import html
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from interp.analysis import analyse
+from interp.render import words
+from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_ablation
+from superclip.errors import UserError
+from tests.conftest import refused
+from tests.interp.sweeps import small_sweep
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with a sweep, its evaluation and its ablation."""
+    run = tmp_path_factory.mktemp("run")
+    results = small_sweep()
+    results.save(run / "sweep")
+    sha256 = results.manifest["checkpoint"]["sha256"]
+    row = {
+        "direction": "image-to-text",
+        "metric": "R@1",
+        "value": 0.1234,
+        "low": 0.1,
+        "high": 0.2,
+        "chance": 0.002,
+        "queries": 2000,
+        "pictures": 2000,
+        "candidates": 500,
+    }
+    (run / "eval_val.json").write_text(
+        json.dumps(
+            {
+                "checkpoint": {"sha256": sha256},
+                "protocol": "all-captions",
+                "bootstrap_draws": 2000,
+                "data": {"name": "scenes", "split": "val"},
+                "retrieval": [row],
+            }
+        )
+    )
+    (run / "sweep" / "ablation.json").write_text(json.dumps(ablation(results)))
+    return run
+
+
+def ablation(results, **changes):
+    def interval(estimate):
+        return {"estimate": estimate, "low": estimate - 0.01, "high": estimate + 0.01, "n": 50}
+
+    head = {
+        "head": "L1H2",
+        "role": "champion",
+        "kind": "mean",
+        "removed_norm": 1.0,
+        "margin": interval(-0.0567),
+        "margin_p": 0.001,
+        "margin_p_adjusted": 0.002,
+        "recall_at_1": interval(-0.02),
+    }
+    manifest = results.manifest
+    return {
+        "schema": 1,
+        "n": 50,
+        "checkpoint_sha256": manifest["checkpoint"]["sha256"],
+        "images_sha256": manifest["images_sha256"],
+        "base": {"margin": interval(0.3), "recall_at_1": interval(0.5)},
+        "heads": [head],
+        "champion_rank": {"mean": {"rank": 1, "of": 2}},
+        "sets": None,
+    } | changes
+
+
+class Page(HTMLParser):
+    """What a page refers to, its tables and its words."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.references, self.tables, self.images, self.words = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.references += [v for k, v in attrs if k in ("src", "srcset", "href", "data", "action")]
+        if tag == "table":
+            self.tables.append({"caption": 0, "unscoped": 0})
+        if tag == "caption":
+            self.tables[-1]["caption"] += 1
+        if tag == "th" and attributes.get("scope") not in ("col", "row"):
+            self.tables[-1]["unscoped"] += 1
+        if tag == "img":
+            self.images.append(attributes)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def sheets(run):
+    return build([run / "sweep"])
+
+
+@pytest.fixture(scope="module")
+def text(run, sheets):
+    return pages([run / "sweep"], run / "report.html", sheets)[run / "report.html"].decode()
+
+
+@pytest.fixture(scope="module")
+def plain(text):
+    return re.sub(r"\s+", " ", "".join(Page(text).words))
+
+
+def test_every_number_is_the_findings(plain, run):
+    findings = analyse(small_sweep())
+    verdict = findings.verdict
+    for sentence in words.answer(small_sweep(), findings):
+        assert re.sub(r"\s+", " ", sentence) in plain
+    for k, head in enumerate(verdict.top):
+        cells = f"{head}{words.number(verdict.discovery.mean[head.layer, head.index], 4)}"
+        cells += f"{words.span(verdict.validation[k], 4)}{words.p_value(verdict.p[k])}"
+        assert f"{cells}{words.p_value(verdict.p_holm[k])}" in plain
+    for row in findings.heads:
+        band = (
+            f"[{words.number(row['validation_low'], 4)}, {words.number(row['validation_high'], 4)}]"
+        )
+        assert f"{words.number(row['validation_excess'], 4)} {band}" in plain
+    for row in findings.baselines:
+        assert row.name in plain and words.span(row.difference, 4) in plain
+    assert "12.3 [10.0, 20.0]" in plain and "−0.0567 [−0.0667, −0.0467]" in plain
+    assert "It ranks 1 of 2 by harm." in plain
+
+
+def test_nothing_is_fetched(text):
+    page = Page(text)
+    assert page.references
+    assert all(ref.startswith(("data:", "#")) for ref in page.references)
+    assert not re.search(r"https?:|@import|url\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_tables_and_pictures_can_be_read_without_eyes(text):
+    page = Page(text)
+    assert len(page.tables) == 5
+    assert all(table == {"caption": 1, "unscoped": 0} for table in page.tables)
+    assert len(page.images) == 4 and all(image["alt"] for image in page.images)
+    assert text.count('role="region" tabindex="0"') == 5
+
+
+def test_names_are_escaped(text):
+    assert html.escape("tiny <vit>") in text and "<vit>" not in text
+
+
+def test_two_reports_are_equal_and_small(run, sheets):
+    folders, out = [run / "sweep"], run / "report.html"
+    first, second = pages(folders, out, sheets), pages(folders, out, build(folders))
+    assert first == second and len(first[out]) < 10_000_000
+    assert [path.name for path in first] == [
+        "heatmap.png",
+        "gallery.png",
+        "champion_vs_challenger.gif",
+        "report.html",
+    ]
+
+
+def test_limits_follow_what_is_present(sheets):
+    [sheet] = sheets
+    everything = " ".join(sheet.limits)
+    assert "no ablation stands" not in everything and "retrieves" not in everything
+    assert "2 untrained towers of the 5" in everything and "uncommitted" in everything
+    bare = " ".join(replace(sheet, retrieval=None, ablation=None).limits)
+    assert "no ablation stands" in bare and "How well the model retrieves" in bare
+
+
+def test_a_blind_tower_is_reported_as_null():
+    results = small_sweep(seed=3, planted=0.0)
+    findings = analyse(results)
+    assert findings.verdict.p[0] > words.ALPHA
+    said = " ".join(words.answer(results, findings))
+    assert "no evidence" in said and "covaries" not in said and "training made it so" not in said
+    assert any("does not reject" in s for s in words.limits(results, findings, None, None))
+
+
+def test_two_sweeps_share_a_page(run, tmp_path):
+    small_sweep(seed=1).save(tmp_path / "other")
+    folders, out = [run / "sweep", tmp_path / "other"], tmp_path / "both.html"
+    sheets = build(folders)
+    page = pages(folders, out, sheets)[out].decode()
+    assert "Descriptive: no test compares the rows" in page
+    assert [sheet.findings.champion for sheet in sheets] == [analyse(small_sweep()).champion] * 2
+    assert page.count("What was not established") == 2
+    with pytest.raises(UserError, match="given twice"):
+        build([run / "sweep", run / "sweep"])
+
+
+def test_commands_rebuild_the_page(text, run):
+    commands = html.unescape(text[text.index("<pre>") : text.index("</pre>")])
+    assert "python -m interp.sweep --ckpt CKPT --num 90 --untrained 2 --draws 199 --gallery 3" in (
+        commands
+    )
+    assert f"python -m interp.report {run / 'sweep'} --out {run / 'report.html'}" in commands
+    assert "python -m interp.ablate" in commands
+
+
+def test_the_checkpoint_is_known_by_its_hash(tmp_path):
+    (tmp_path / "final_epoch.pt").write_bytes(b"weights")
+    assert checkpoint_of(tmp_path / "sweep", "0" * 64) is None
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    assert checkpoint_of(tmp_path / "sweep", sha256) == tmp_path / "final_epoch.pt"
+    assert checkpoint_of(tmp_path / "sweep-patches", sha256) == tmp_path / "final_epoch.pt"
+    assert checkpoint_of(tmp_path / "sweep-epoch_1", sha256) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images_sha256": "f" * 64}, "images_sha256"),
+        ({"checkpoint_sha256": "f" * 64}, "checkpoint_sha256"),
+        ({"schema": 2}, "schema"),
+    ],
+)
+def test_foreign_ablation_is_refused(tmp_path, change, message):
+    results = small_sweep()
+    (tmp_path / "ablation.json").write_text(json.dumps(ablation(results, **change)))
+    with pytest.raises(UserError, match=message):
+        read_ablation(tmp_path, results)
+
+
+def test_evaluation_of_another_checkpoint_is_left_out(tmp_path):
+    small_sweep(seed=2).save(tmp_path / "sweep")
+    (tmp_path / "eval_val.json").write_text(json.dumps({"checkpoint": {"sha256": "other"}}))
+    [sheet] = build([tmp_path / "sweep"])
+    assert sheet.retrieval is None and any("retrieves" in limit for limit in sheet.limits)
+
+
+def test_command_writes_once(run, tmp_path, capsys):
+    out = tmp_path / "deep" / "page.html"
+    main([str(run / "sweep"), "--out", str(out)])
+    names = sorted(path.name for path in out.parent.iterdir())
+    assert names == ["champion_vs_challenger.gif", "gallery.png", "heatmap.png", "page.html"]
+    assert "champion" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--overwrite"):
+        main([str(run / "sweep"), "--out", str(out)])
+
+
+def test_newest_sweep_is_found(tmp_path):
+    with pytest.raises(UserError, match="first or give its folder"):
+        newest_sweep(tmp_path)
+    small_sweep().save(tmp_path / "a" / "sweep")
+    assert newest_sweep(tmp_path) == tmp_path / "a" / "sweep"
+
+
+def test_bad_folders_end_in_one_line(tmp_path):
+    assert "holds no results.json" in refused("interp.report", str(tmp_path))
+    small_sweep().save(tmp_path)
+    (tmp_path / "results.npz").write_bytes(b"PK damaged")
+    assert "can't be read" in refused("interp.report", str(tmp_path))
+    assert not (tmp_path / "report.html").exists()
