@@ -105,6 +105,7 @@ def ablate_heads(ckpt: Path, results: SweepResults, config: AblateConfig) -> dic
         UserError: if the sweep is of another checkpoint, or its pictures can't be found again.
     """
     import torch
+    from tqdm import tqdm
 
     from interp.analysis import top_heads
     from interp.causal.ablation import embeddings_under_ablation, mean_z
@@ -130,11 +131,13 @@ def ablate_heads(ckpt: Path, results: SweepResults, config: AblateConfig) -> dic
         ids = results.image_ids[results.rows(split)].tolist()
         return [row_of[key] for key in ids]
 
-    def batches(rows: Sequence[int]):
-        for pixels, _ in read_batches(source, subject.preprocess, rows, config.batch_size):
+    def batches(rows: Sequence[int], what: str):
+        found = read_batches(source, subject.preprocess, rows, config.batch_size)
+        steps = -(-len(rows) // config.batch_size)
+        for pixels, _ in tqdm(found, total=steps, desc=what, unit="batch", disable=None):
             yield model.normalise(torch.from_numpy(pixels).to(device))
 
-    means = mean_z(tower, batches(pictures("discovery")))
+    means = mean_z(tower, batches(pictures("discovery"), "means"))
     judged = pictures("validation")
     records = [source.read(row) for row in judged]
     encoder = Encoder(subject.preprocess, tokenizer_for(tokenizer(subject.model_config)), device)
@@ -148,10 +151,10 @@ def ablate_heads(ckpt: Path, results: SweepResults, config: AblateConfig) -> dic
         names = ["base", *map(str, roles)] + (labels if kind == "mean" else [])
         given = means if kind == "mean" else None
         found = embeddings_under_ablation(
-            tower, batches(judged), groups, kind, given, config.tokens
+            tower, batches(judged, f"{kind} ablation"), groups, kind, given, config.tokens
         )
         bank |= {(kind, name): features for name, features in zip(names, found)}
-    norms = _removed_norms(tower, batches(judged), means, roles)
+    norms = _removed_norms(tower, batches(judged, "norms"), means, roles)
     return _report(results, roles, bank, text, owner, norms, (top, sets, labels), config)
 
 

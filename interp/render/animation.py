@@ -108,15 +108,21 @@ def gif(
 
     All frames share one palette of 256 colours, so a colour means the same in each of them.
     """
-    indexed = _one_palette(pictures)
+    indices, palette = _one_palette(pictures)
     while True:
         encoded = iio.imwrite(
-            "<bytes>", np.stack(indexed), extension=".gif", duration=MILLISECONDS, loop=0
+            "<bytes>",
+            indices,
+            extension=".gif",
+            mode="P",
+            palette=palette.tobytes(),
+            duration=MILLISECONDS,
+            loop=0,
         )
-        if len(encoded) <= largest or len(indexed) == 1:
-            return encoded, len(indexed)
-        fitting = len(indexed) * largest // len(encoded)
-        indexed = indexed[: max(1, min(len(indexed) - 1, fitting))]
+        if len(encoded) <= largest or len(indices) == 1:
+            return encoded, len(indices)
+        fitting = len(indices) * largest // len(encoded)
+        indices = indices[: max(1, min(len(indices) - 1, fitting))]
 
 
 def caption(results: SweepResults, findings: Findings, challenger: Head, kept: int) -> str:
@@ -140,19 +146,21 @@ def _pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
 
 def _one_palette(
     pictures: list[UInt8[np.ndarray, "height width 3"]],
-) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """The frames in 256 colours chosen over all of them, the colour scale among them."""
+) -> tuple[UInt8[np.ndarray, "frame height width"], UInt8[np.ndarray, "256 3"]]:
+    """The frames as indices into 256 colours chosen over all of them, the colour scale among
+    them."""
     sample = np.concatenate([picture[::2, ::2] for picture in pictures])
     strip = (255 * scale_colours()).astype(np.uint8)[np.arange(sample.shape[1]) % 256]
     weight = np.broadcast_to(strip, (len(sample) // 10, *strip.shape))
-    sheet = Image.fromarray(np.concatenate([sample, weight]))
-    palette = sheet.quantize(256, Image.Quantize.MEDIANCUT)
-    colours = np.array(palette.getpalette()).reshape(-1, 3)
-    colours[colours.sum(axis=1).argmax()] = 255  # the paper
-    palette.putpalette(colours.ravel().tolist())
-    return [
-        np.asarray(
-            Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
-        )
-        for p in pictures
-    ]
+    chosen = Image.fromarray(np.concatenate([sample, weight])).quantize(256)
+    indices = np.stack(
+        [
+            np.asarray(Image.fromarray(p).quantize(palette=chosen, dither=Image.Dither.NONE))
+            for p in pictures
+        ]
+    )
+    colours = np.zeros((256, 3), np.uint8)
+    found = np.array(chosen.getpalette(), np.uint8).reshape(-1, 3)
+    colours[: len(found)] = found
+    colours[indices[0, 0, 0]] = pictures[0][0, 0]  # the paper, exactly
+    return indices, colours

@@ -105,10 +105,10 @@ def _extent(pixels: np.ndarray) -> tuple[float, float, float, float]:
 
 def _finish(axes: Axes, pixels: np.ndarray, boxes: np.ndarray) -> None:
     side = pixels.shape[-1]
-    halo = [patheffects.withStroke(linewidth=2.4, foreground="black")]
+    halo = [patheffects.withStroke(linewidth=2.0, foreground="black")]
     for left, top, right, bottom in boxes:
         box = Rectangle((left, top), right - left, bottom - top, fill=False)
-        box.set(edgecolor="white", linewidth=1.1, path_effects=halo, joinstyle="miter")
+        box.set(edgecolor="white", linewidth=0.9, path_effects=halo, joinstyle="miter")
         axes.add_patch(box)
     axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from superclip.config import Precision
 from superclip.data.batch import Record, Source
@@ -88,7 +89,7 @@ class Encoder:
                 [i[1] for i in items],
             ),
         )
-        for images, records in loader:
+        for images, records in tqdm(loader, desc="pictures", unit="batch", disable=None):
             yield images.to(self.device), records
 
     @torch.no_grad()

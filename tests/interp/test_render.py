@@ -128,6 +128,7 @@ def test_animation_is_one_scale_equal_frames_and_small(results, findings):
             durations.add(moving.info["duration"])
             colours |= {tuple(c) for c in np.asarray(moving.convert("RGB")).reshape(-1, 3)}
     assert durations == {animation.MILLISECONDS} and len(colours) <= 256
+    assert (255, 255, 255) in colours
     assert encoded == animation.gif(animation.frames(results, findings, rival))[0]
     shorter, left = animation.gif(frames, len(encoded) - 1)
     assert left < 3 and len(shorter) < len(encoded)
