@@ -7,7 +7,7 @@ where this picture's boxes are; "training made it so" needs the contrast with un
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class Baseline:
     """A map that knows nothing of the trained tower, on the validation pictures.
 
     Attributes:
+        kind: fixed (one map for all pictures), prior (the head's own maps, paired otherwise),
+            pixels (made from each picture's colours), or untrained (a tower before training).
         name: what it is, and how it was chosen.
         mass: in-box mass. enrichment: mean mass / mean area.
         excess: above its own prior; None for a map that is the same for every picture.
@@ -38,6 +40,7 @@ class Baseline:
         selectivity: object mass / (object + clutter mass), on scenes.
     """
 
+    kind: Literal["fixed", "prior", "pixels", "untrained"]
     name: str
     mass: Interval
     enrichment: Interval
@@ -166,15 +169,15 @@ class _View:
     def fixed(self, name: str, map_: np.ndarray, own: np.ndarray) -> Baseline:
         maps = np.broadcast_to(map_, (len(self.rows), len(map_)))
         difference = self.mean(self.mass(own) - self.mass(maps))
-        return self._row(name, maps, own, None, difference, "in-box mass")
+        return self._row("fixed", name, maps, own, None, difference, "in-box mass")
 
-    def moving(self, name: str, maps: np.ndarray, own: np.ndarray) -> Baseline:
-        return self._row(
-            name, maps, own, self.excess(maps), self.excess_difference(own, maps), "excess"
-        )
+    def moving(self, kind: str, name: str, maps: np.ndarray, own: np.ndarray) -> Baseline:
+        difference = self.excess_difference(own, maps)
+        return self._row(kind, name, maps, own, self.excess(maps), difference, "excess")
 
-    def _row(self, name, maps, own, excess, difference, unit) -> Baseline:
+    def _row(self, kind, name, maps, own, excess, difference, unit) -> Baseline:
         return Baseline(
+            kind,
             name,
             self.mean(self.mass(maps)),
             self.enrichment(maps),
@@ -207,20 +210,22 @@ def _baselines(view: _View, own: np.ndarray):
         other = function(champion_pairs, view.stratum)[:, 0]
         ratio = ratio_interval(other, view.area, view.stratum, view.draws, view.seed)
         gap = view.mean(mass - other)
-        yield Baseline(name, view.mean(other), ratio, None, gap, "in-box mass", None, None)
+        shown = view.mean(other)
+        yield Baseline("prior", name, shown, ratio, None, gap, "in-box mass", None, None)
     target = float(baselines.entropy(own).mean())
     for k, name in enumerate(results.manifest["saliency"]):
         raw = results.saliency[:, k].astype(np.float64)
         power = baselines.best_power(raw[chooses], coverage, valid, stratum)
         maps = baselines.sharpen(raw[view.rows], power)
-        yield view.moving(f"{name} ^{power} (power chosen on discovery)", maps, own)
+        yield view.moving("pixels", f"{name} ^{power:g} (power chosen on discovery)", maps, own)
         matched = baselines.power_at_entropy(raw[chooses], target)
         maps = baselines.sharpen(raw[view.rows], matched)
-        yield view.moving(f"{name} ^{matched:.1f} (at the champion's entropy)", maps, own)
+        yield view.moving("pixels", f"{name} ^{matched:.1f} (at the champion's entropy)", maps, own)
     for k, facts in enumerate(results.manifest["untrained"]):
         what = "own initialisation" if facts["own_initialisation"] else f"seed {facts['seed']}"
         maps = results.untrained_maps[view.rows, k].astype(np.float64)
-        yield view.moving(f"untrained tower, {what}, its best head {facts['head']}", maps, own)
+        name = f"untrained tower, {what}, its best head {facts['head']}"
+        yield view.moving("untrained", name, maps, own)
 
 
 def _head_rows(results: SweepResults, verdict: Verdict):

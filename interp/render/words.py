@@ -91,13 +91,12 @@ def significant(findings: Findings) -> np.ndarray:
 
 def untrained(findings: Findings) -> list[Baseline]:
     """Rows of the baseline table that are towers before training."""
-    return [row for row in findings.baselines if row.name.startswith("untrained tower")]
+    return [row for row in findings.baselines if row.kind == "untrained"]
 
 
 def pixel_maps(findings: Findings) -> list[Baseline]:
     """Rows of the baseline table that are made from the pixels, without a network."""
-    towers = untrained(findings)
-    return [row for row in findings.baselines if row.excess is not None and row not in towers]
+    return [row for row in findings.baselines if row.kind == "pixels"]
 
 
 def head_row(findings: Findings, head: Head) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_a_planted_head_is_found(swept):
     assert findings.champion == Head(2, 1)
     assert findings.verdict.p[0] <= 0.01
     assert findings.verdict.validation[0].low > 0.08
-    untrained = [b for b in findings.baselines if b.name.startswith("untrained")]
+    untrained = [b for b in findings.baselines if b.kind == "untrained"]
     assert len(untrained) == 2 and all(b.difference.low > 0 for b in untrained)
     assert findings.selectivity.estimate > 0.4
 
