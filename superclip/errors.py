@@ -22,9 +22,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run a command; a `UserError` becomes one line on stderr and exit status 2, no traceback."""
+    """Run a command; a `UserError` becomes one line on stderr and exit status 2, no traceback.
+
+    Ctrl-C ends with one line too, and the usual status 130.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command starts again, or goes on where it saved", file=sys.stderr
+        )
+        raise SystemExit(130) from None

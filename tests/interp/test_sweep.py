@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import command, refused
 
 from interp.analysis import analyse, plain
@@ -125,6 +126,18 @@ def test_patch_queries_are_another_kind(tiny_run, tmp_path):
     text = sweep(tiny_run, tmp_path / "p", "--kind", "patches", "--untrained", "0")
     assert "mean over patch queries" in text
     assert SweepResults.load(tmp_path / "p").manifest["kind"] == "patches"
+
+
+def test_plain_open_clip_weights_need_a_name_and_data(tiny_run, tmp_path):
+    weights = torch.load(tiny_run / "final_epoch.pt", weights_only=True)["state_dict"]
+    torch.save(weights, tmp_path / "plain.pt")
+    words = ["--ckpt", str(tmp_path / "plain.pt"), "--model", "scenes-vit", "--untrained", "1"]
+    assert "give --data" in refused("interp.sweep", *words)
+    out = tmp_path / "out"
+    flags = ("--data", "scenes", "--num", "220", "--draws", "99", "--out", str(out))
+    done = command("interp.sweep", *words, *flags)
+    assert done.returncode == 0, done.stderr
+    assert SweepResults.load(out).manifest["checkpoint"]["loss"] == "unknown"
 
 
 def test_ablation_of_the_champion(tiny_run, swept):

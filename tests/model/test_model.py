@@ -86,6 +86,17 @@ def test_quickgelu_mismatch_names_the_right_model(clip):
         load_pretrained(clip, "ViT-B-32-quickgelu", model_config("ViT-B-32-quickgelu"), "openia")
 
 
+def test_local_weights_are_loaded_or_refused(clip, tmp_path):
+    config = model_config("scenes-vit")
+    torch.save(build_clip(config, 5).state_dict(), tmp_path / "w.pt")
+    target = build_clip(config)
+    load_pretrained(target, "scenes-vit", config, str(tmp_path / "w.pt"))
+    assert state_sha256(target.state_dict()) == state_sha256(build_clip(config, 5).state_dict())
+    torch.save(build_clip(model_config("small-vit")).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="does not fit scenes-vit"):
+        load_pretrained(target, "scenes-vit", config, str(tmp_path / "other.pt"))
+
+
 def test_activation_is_recorded(clip):
     config = model_config("scenes-vit") | {"quick_gelu": True}
     assert activation_name(clip.visual) == "GELU"
