@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class Record:
     clutter: Boxes = field(default_factory=Boxes.none)
 
 
+@runtime_checkable
 class Source(Protocol):
     """A finite, randomly readable set of pictures with captions.
 

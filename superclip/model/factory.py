@@ -111,7 +111,7 @@ def load_pretrained(
     read_tensors(Path(path))
     try:
         open_clip.load_checkpoint(clip, path, weights_only=True)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # open_clip asserts equal text widths
         first = str(error).strip().splitlines()
         raise UserError(
             f"--pretrained {pretrained} does not fit {name}: {' '.join(first[:2])[:300]}"

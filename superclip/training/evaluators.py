@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from superclip.training.optim import autocast
 KS = (1, 5, 10)
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     def run(self, model: SuperCLIP) -> Iterator[tuple[str, float]]: ...
 
