@@ -68,7 +68,7 @@ class SweepResults:
     untrained_maps: Float16[np.ndarray, "n u p"]
     untrained_heads: Int16[np.ndarray, "u 2"]
     gallery_rows: Int32[np.ndarray, " g"]
-    gallery_pixels: UInt8[np.ndarray, "g 3 s s"]
+    gallery_pixels: UInt8[np.ndarray, "g 3 px px"]
     gallery_boxes: Float32[np.ndarray, "k 5"]
     metrics: dict[str, Float32[np.ndarray, "n l h"]]
 

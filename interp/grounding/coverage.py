@@ -33,7 +33,7 @@ def patch_coverage(
     kept: Float[np.ndarray, " n"],
     size: int,
     grid: tuple[int, int],
-    valid_area: Sequence[float] | None = None,
+    valid_area: Sequence[float | int] | None = None,
 ) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
     """Share of every patch inside the union of the objects, and share that is not ignored.
 
@@ -62,7 +62,7 @@ def category_coverage(
     categories: Sequence[str],
     size: int,
     grid: tuple[int, int],
-    valid_area: Sequence[float] | None = None,
+    valid_area: Sequence[float | int] | None = None,
 ) -> dict[str, Float[np.ndarray, " p"]]:
     """Coverage by the objects of each category, to be used with the picture's own `valid`.
 
@@ -144,7 +144,7 @@ def _canvas(
     crowd: np.ndarray,
     kept: np.ndarray,
     size: int,
-    valid_area: Sequence[float] | None,
+    valid_area: Sequence[float | int] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Objects and ignored rectangles, cut to the photograph and to the picture."""
     boxes = np.asarray(xyxy, np.float64).reshape(-1, 4)

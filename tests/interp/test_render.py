@@ -167,6 +167,6 @@ def test_spread_keeps_order_and_distance():
     assert (np.diff(moved) >= 0.5 - 1e-12).all() and moved[-1] == pytest.approx(3.0, abs=0.6)
 
 
-@pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-1, 1, 0)])
+@pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-1.0, 1.0, 0)])
 def test_sign_says_better_only_where_the_interval_does(low, high, sign):
     assert words.sign(Interval(0.0, low, high, 9)) == sign
