@@ -64,9 +64,10 @@ class SweepConfig:
     """Replace the results that stand in --out."""
 
     def __post_init__(self) -> None:
-        for name in ("draws", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        for name, least in (("draws", 99), ("batch_size", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         if self.num is not None and self.num < 1:
             raise UserError(f"--num {self.num} must be at least 1")
         for name in ("untrained", "gallery"):
@@ -114,9 +115,10 @@ class AblateConfig:
     """Replace the ablation results that stand beside the sweep."""
 
     def __post_init__(self) -> None:
-        for name in ("draws", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        for name, least in (("draws", 99), ("batch_size", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         if self.sets < 0:
             raise UserError("--sets must not be negative")
 

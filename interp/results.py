@@ -132,6 +132,13 @@ class SweepResults:
             raise UserError(
                 f"{folder}: the results can't be read ({error}); run the sweep again"
             ) from None
+        expected = {f.name for f in dataclasses.fields(SweepResults)} - {"manifest", "metrics"}
+        found = {name for name in arrays if not name.startswith("metric_")}
+        n = len(arrays.get("maps", ()))
+        per_image = ("coverage", "valid", "split", "stratum", "image_ids", "class_mass")
+        whole = found == expected and all(len(arrays[name]) == n for name in per_image)
+        if not whole or not np.isfinite(arrays["maps"]).all():
+            raise UserError(f"{folder}: arrays are missing, cut or not finite; run the sweep again")
         metrics = {
             n.removeprefix("metric_"): arrays.pop(n)
             for n in list(arrays)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.collect import Subject
-from superclip.config import DataConfig
+from superclip.config import DataConfig, is_scenes
 from superclip.data.batch import Source
 from superclip.data.sources import held_out_spec, open_source
 from superclip.errors import UserError
@@ -90,15 +90,19 @@ def open_pictures(
                 "plain weights know no data; give --data coco --root FOLDER, scenes, or tar shards"
             )
         data = run.val_data or held_out_spec(run.train_data)
+    if root is not None and data != "coco":
+        raise UserError("--root goes with --data coco")
     if data == "coco":
         data = f"coco:{root}"
     if split is not None:
+        if data.startswith("scenes:"):
+            raise UserError(f"--data {data} names its split already; leave --split out")
         if data.partition(":")[0] not in ("scenes", "coco"):
             raise UserError(
                 "--split goes with scenes and coco; tar shards are named split by split"
             )
         data = f"{data}:{split}"
-    scenes = data.startswith("scenes")
+    scenes = is_scenes(data)
     count = num or (SCENES_LOOKED_AT if scenes else None)
     source = open_source(
         data, count if scenes else None, run.data_seed if run else 0, held_out=True

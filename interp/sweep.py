@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interp.config import SweepConfig
-from superclip.errors import UserError, run_command
+from superclip.errors import UserError, check_writable, run_command
 
 if TYPE_CHECKING:
     from interp.analysis import Findings
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
             f"{out} holds results; --overwrite replaces them, --out FOLDER writes elsewhere, "
             f"python -m interp.report {out} shows them"
         )
+    check_writable(out, "--out")
     subject, run = open_subject(ckpt, config.model, config.pretrained)
     source, rows = open_pictures(config.data, config.root, config.split, config.num, run)
     trained_on = trained_ids(run, config.allow_trained)

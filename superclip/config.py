@@ -7,6 +7,7 @@ be resumed with other values of them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,15 @@ Precision = Literal["auto", "fp32", "amp", "amp_bf16"]
 def free(default: Any) -> Any:
     """A field that may differ between a run and its continuation."""
     return field(default=default, metadata={"free": True})
+
+
+def is_scenes(spec: str) -> bool:
+    """Whether a data name means generated scenes.
+
+    >>> is_scenes("scenes:val"), is_scenes("scenes/val-000000.tar")
+    (True, False)
+    """
+    return spec.partition(":")[0] == "scenes"
 
 
 @dataclass(frozen=True)
@@ -100,8 +110,10 @@ class DataConfig:
     """Seed of the generated scenes."""
 
     def __post_init__(self) -> None:
-        if self.train_num_samples is not None and self.train_num_samples < 1:
-            raise UserError(f"--train-num-samples {self.train_num_samples} must be at least 1")
+        if self.train_num_samples is not None and not 1 <= self.train_num_samples <= 10**9:
+            raise UserError(f"--train-num-samples {self.train_num_samples} must lie in 1..10^9")
+        if self.val_data is not None and not self.val_data:
+            raise UserError("--val-data is empty; name held-out data, or leave the flag out")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers} must not be negative")
         low, high = self.crop_scale
@@ -113,7 +125,7 @@ class DataConfig:
         """Area range of the random crop; (1, 1) means no crop is drawn."""
         if self.aug_scale is not None:
             return self.aug_scale
-        plain = self.train_data.startswith("scenes") or self.resize != "crop"
+        plain = is_scenes(self.train_data) or self.resize != "crop"
         return (1.0, 1.0) if plain else (0.9, 1.0)
 
 
@@ -148,6 +160,13 @@ class OptimConfig:
             raise UserError(f"--epochs {self.epochs} must be at least 1")
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr {self.lr} must be above 0")
+        if self.lr == math.inf:
+            raise UserError("--lr inf is no learning rate")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        if not self.eps > 0 or not self.wd >= 0:
+            raise UserError(f"--eps {self.eps} must be above 0 and --wd {self.wd} not below")
         if self.warmup < 0:
             raise UserError(f"--warmup {self.warmup} must not be negative")
         if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
@@ -194,13 +213,16 @@ class TrainConfig(Generic[Options]):
         for name in ("log_every", "save_frequency"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed} must lie in 0..2^63 - 1")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads {self.threads} must be at least 1")
         if self.save_every is not None and self.save_every < 1:
             raise UserError(f"--save-every {self.save_every} must be at least 1")
 
     @property
     def epochs(self) -> int:
-        scenes = self.data.train_data.startswith("scenes")
-        return self.optim.epochs or (1 if scenes else 20)
+        return self.optim.epochs or (1 if is_scenes(self.data.train_data) else 20)
 
     @property
     def lr(self) -> float:
@@ -233,10 +255,12 @@ class EvalConfig:
     """JSON file. Default: eval_SPLIT.json beside the checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("num", "pool", "batch_size", "bootstrap"):
+        for name, least in (("num", 2), ("pool", 2), ("batch_size", 1), ("bootstrap", 100)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if self.val_data is not None and not self.val_data:
+            raise UserError("--val-data is empty; name held-out data, or leave the flag out")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -259,8 +283,10 @@ def train_config(values: Mapping[str, Any], origin: str = "config") -> TrainConf
         UserError: for an unknown key, an option of another loss, or a value out of range; names
             `origin`.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{origin} holds no options")
     loss = values.get("loss", "superclip")
-    if loss not in LOSS_OPTIONS:
+    if not isinstance(loss, str) or loss not in LOSS_OPTIONS:
         raise UserError(f"{origin}: loss {loss!r} is unknown; {nearest(str(loss), LOSS_OPTIONS)}")
     return _build(TrainConfig, _nest(values, loss, origin), {"options": LOSS_OPTIONS[loss]})
 
@@ -310,9 +336,13 @@ def _build(cls: type, values: Mapping[str, Any], classes: Mapping[str, type]) ->
         if name not in known:
             raise UserError(f"unknown option {name!r}; {nearest(name, known)}")
         kind = classes.get(name, hints[name])
-        arguments[name] = (
-            _build(kind, value, {}) if dataclasses.is_dataclass(kind) else _cast(kind, value)
-        )
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, value, {})
+            continue
+        try:
+            arguments[name] = _cast(kind, value)
+        except UserError as error:
+            raise UserError(f"option {name}: {error}") from None
     if cls is TrainConfig:
         arguments.setdefault("options", classes["options"]())
     return cls(**arguments)
@@ -325,6 +355,8 @@ def _cast(kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):
         return _cast(next(k for k in typing.get_args(kind) if k is not type(None)), value)
     if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(typing.get_args(kind)):
+            raise UserError(f"{value!r} is not a list of {len(typing.get_args(kind))} values")
         return tuple(_cast(k, v) for k, v in zip(typing.get_args(kind), value))
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):

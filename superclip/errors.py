@@ -1,8 +1,10 @@
 """The one exception a user's mistake becomes, and how a command prints it."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -21,6 +23,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"(known: {listed})"
 
 
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse an output path before the work rather than after it.
+
+    Raises:
+        UserError: if the path lies below a file, or in a folder that can't be written.
+    """
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if parent != path and not parent.is_dir():
+        raise UserError(f"{flag} {path}: {parent} is a file; name another place")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} {path}: {parent} can't be written; name another place")
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command; a `UserError` becomes one line on stderr and exit status 2, no traceback.
 
@@ -29,7 +46,12 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A reader process wraps the message in its traceback; the message is its last line.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(

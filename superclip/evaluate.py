@@ -3,14 +3,15 @@ alone."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from superclip.config import EvalConfig
-from superclip.errors import UserError, run_command
+from superclip.config import EvalConfig, is_scenes
+from superclip.errors import UserError, check_writable, run_command
 
 if TYPE_CHECKING:
     from superclip.training.evaluators import Recall
@@ -26,9 +27,13 @@ def main(argv: list[str]) -> None:
 
     config = parse(EvalConfig, argv, "python -m superclip.evaluate", DESCRIPTION)
     logging.getLogger().setLevel(logging.ERROR)
+    if config.out is not None:
+        check_writable(config.out, "--out")
     report, path = evaluate(config)
     print(render(report))
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
     print(f"\nwritten: {path}")
 
 
@@ -55,7 +60,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:
         spec = config.val_data or data.train_data
     else:
         spec = config.val_data or data.val_data or held_out_spec(data.train_data)
-    scenes = spec.startswith("scenes")
+    scenes = is_scenes(spec)
     num = config.num or (2000 if scenes else None)
     source = open_source(
         spec, num if scenes else None, data.data_seed, held_out=config.split == "val"
@@ -99,7 +104,10 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:
         report["category_accuracy"] = scene_category_accuracy(
             model, encoder, features, config.bootstrap
         )
-    path = config.out or checkpoint.path.with_name(f"eval_{config.split}.json")
+    asked = (config.val_data, config.num, config.pool, config.protocol)
+    plain = asked == (None, None, None, "all-captions")
+    tag = "" if plain else "-" + hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+    path = config.out or checkpoint.path.with_name(f"eval_{config.split}{tag}.json")
     return report, path
 
 
@@ -126,7 +134,7 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         f"{report['loss']} {report['model']} ({report['activation']}), {checkpoint['file']} epoch "
         f"{checkpoint['epoch']}, "
-        f"sha256 {checkpoint['sha256'][:12]}; {data['name']} {data['split']}, protocol "
+        f"sha256 {checkpoint['sha256'][:12]}; {data['spec']} ({data['split']}), protocol "
         f"{report['protocol']}",
         "",
         f"{'direction':<15}{'metric':<13}{'value':>8}  {'95 % interval':<18}{'chance':>8}"

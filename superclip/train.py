@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from superclip.errors import run_command
+from superclip.errors import check_writable, run_command
 from superclip.flags import command_line, parse_train
 
 
@@ -18,13 +18,14 @@ def main(argv: list[str]) -> None:
 
     from superclip.ops.world import World
     from superclip.training.build import build_run, claim_directory, open_tracker
-    from superclip.training.checkpoint import resume
+    from superclip.training.checkpoint import resume, save_final
     from superclip.training.loop import fit, remaining_batches
     from superclip.training.optim import concrete_precision
 
     logging.getLogger().setLevel(
         logging.ERROR
     )  # open_clip reports every construction on the root logger
+    check_writable(config.out, "--out")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     world = World.from_env()
@@ -51,12 +52,10 @@ def main(argv: list[str]) -> None:
         began = time.perf_counter(), time.process_time()
         state.model.train()
         fit(run, state, remaining_batches(run, state))
+        final = save_final(run, state)
         if world.is_main:
             wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-            print(
-                f"done: {config.out}/final_epoch.pt ({wall:.0f} s wall, {cpu:.0f} s CPU of this "
-                "process)"
-            )
+            print(f"done: {final} ({wall:.0f} s wall, {cpu:.0f} s CPU of this process)")
     finally:
         world.close()
 

@@ -36,10 +36,17 @@ def test_held_out_photographs_are_known_from_the_checkpoint(trained):
     assert rows["image-to-text", "R@1"]["queries"] == 119
     assert rows["text-to-image", "R@1"]["queries"] == 595
     assert rows["text-to-image", "R@1"]["chance"] == pytest.approx(1 / 119)
-    words = ("--split", "train", "--protocol", "first-caption")
+    words = (
+        "--split",
+        "train",
+        "--protocol",
+        "first-caption",
+        "--out",
+        str(trained / "first.json"),
+    )
     done = command("superclip.evaluate", "--ckpt", str(trained / "final_epoch.pt"), *words)
     assert done.returncode == 0, done.stderr
-    report = json.loads((trained / "eval_train.json").read_text())
+    report = json.loads((trained / "first.json").read_text())
     assert {r["direction"] for r in report["retrieval"]} == {"image-to-text"}
     assert report["retrieval"][0]["candidates"] == report["retrieval"][0]["queries"] == 129
 

@@ -366,11 +366,15 @@ def _parse(document: bytes, text: bytes, where: str) -> _Facts:
             if held.get("schema") != SCHEMA:
                 raise ValueError(f"schema {held.get('schema')!r}, this version reads {SCHEMA}")
             size = int(held["width"]), int(held["height"])
+            if not all(0 < side < 2**20 for side in size):
+                raise ValueError(f"a picture of {size[0]} x {size[1]} pixels")
+            if not all(isinstance(c, str) and c.strip() for c in held["captions"]):
+                raise ValueError("a caption that is no text")
             boxes, clutter = (_read_boxes(held.get(name)) for name in ("boxes", "clutter"))
-            return _Facts(tuple(map(str, held["captions"])), size, boxes, clutter)
+            return _Facts(tuple(held["captions"]), size, boxes, clutter)
         caption = plain or str(held.get("caption") or "")
         return _Facts((caption,) if caption.strip() else ())
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{where}: broken facts ({error}); pack this shard again") from None
 
 
@@ -379,6 +383,8 @@ def _read_boxes(held: dict[str, Any] | None) -> Boxes:
         return Boxes.none()
     xywh = np.array(held["xywh"], np.float32).reshape(-1, 4)
     boxes = Boxes(xywh, tuple(held["categories"]), np.array(held["iscrowd"], bool))
+    if not (np.isfinite(xywh).all() and (xywh[:, 2:] > 0).all()):
+        raise ValueError("a box that is not finite, or empty")
     if not len(xywh) == len(boxes.categories) == len(boxes.crowd):
         raise ValueError("boxes, categories and iscrowd differ in number")
     return boxes

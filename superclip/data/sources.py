@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from superclip.data.batch import Source
-from superclip.errors import UserError
+from superclip.errors import UserError, nearest
 
+SCENE_SPLITS = ("train", "val", "test", "tune")
 SCENES_TRAIN, SCENES_HELD_OUT = 115_200, 2_000
 
 
@@ -15,6 +16,8 @@ def _scenes(rest: str, num: int | None, seed: int, held_out: bool) -> Source:
     from superclip.data.scenes import Scenes
 
     split = rest or ("val" if held_out else "train")
+    if split not in SCENE_SPLITS:
+        raise UserError(f"scenes has no split {split!r}; {nearest(split, SCENE_SPLITS)}")
     return Scenes(split, num or (SCENES_HELD_OUT if split != "train" else SCENES_TRAIN), seed)
 
 

@@ -85,6 +85,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path} has checkpoint schema {content.get('schema')}; this version reads schema "
             f"{SCHEMA}"
         )
+    missing = {"state_dict", "token_head", "preprocess", "config", "epoch", "facts"} - set(content)
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is no whole checkpoint")
     config = train_config(content["config"], str(path))
     clip = build_clip(content["model_config"])
     preprocess = Preprocess.from_dict(content["preprocess"])

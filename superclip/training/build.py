@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -50,14 +52,15 @@ def claim_directory(config: TrainConfig[Any], world: World) -> bool:
         UserError: if another run stands there.
     """
     out = config.out
-    if config.overwrite and world.is_main and out.exists():
-        _remove_run(out)
-    world.barrier()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
     record = out / "run.json"
     if record.exists():
+        if config.overwrite:
+            return False  # the old run goes once the new one is known to be buildable
         try:
             old = train_config(json.loads(record.read_text())["config"], str(record))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{record} can't be read ({error}); use another --out or --overwrite"
             ) from None
@@ -67,13 +70,28 @@ def claim_directory(config: TrainConfig[Any], world: World) -> bool:
                 f"{out} holds another run ({'; '.join(found[:3])}); use another --out, or "
                 "--overwrite to delete it"
             )
-        return (out / "final_epoch.pt").exists()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    strangers = [p.name for p in out.glob("*.pt")] if out.exists() else []
+        return zipfile.is_zipfile(out / "final_epoch.pt")
+    strangers = [p.name for pattern in ("*.pt", "metrics.jsonl") for p in out.glob(pattern)]
     if strangers:
         raise UserError(f"{out} holds {strangers[0]} but no run.json; use another --out")
     return False
+
+
+def _lock(out: Path) -> None:
+    """Keep other processes off this run until this one ends, however it ends.
+
+    Raises:
+        UserError: if another process trains here.
+    """
+    handle = (out / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {out}; use another --out") from None
+    _LOCKS.append(handle)
+
+
+_LOCKS: list[IO[str]] = []
 
 
 def _remove_run(out: Path) -> None:
@@ -83,6 +101,7 @@ def _remove_run(out: Path) -> None:
     for path in [
         *out.glob("*.pt"),
         *out.glob(".*.partial"),
+        *out.glob("eval_*.json"),
         *(out / n for n in ("run.json", "metrics.jsonl")),
     ]:
         path.unlink(missing_ok=True)
@@ -166,6 +185,9 @@ def build_run(config: TrainConfig[Any], world: World, argv: list[str]) -> tuple[
     )
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
+        _lock(directory)
+        if config.overwrite:
+            _remove_run(directory)
         _write_record(run, argv)
     world.barrier()
     return run, state

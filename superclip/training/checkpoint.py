@@ -15,22 +15,34 @@ from superclip.training.state import Run, TrainState
 
 
 def save_checkpoint(run: Run, state: TrainState) -> None:
-    """Write `epoch_K.pt` or `step_N.pt`, and `final_epoch.pt` after the last step; the main rank
-    alone writes."""
-    epoch, within = divmod(state.step, run.plan.steps_per_epoch)
+    """Write `epoch_K.pt` or `step_N.pt`; the main rank alone writes.
+
+    Raises:
+        UserError: on every rank, if a weight is not finite; nothing is written then.
+    """
+    if not all(bool(p.isfinite().all()) for p in state.model.parameters()):
+        raise UserError(f"weights are not finite at step {state.step}; lower --lr")
     if run.world.is_main:
-        weights = _weights(run, state, epoch)
+        epoch, within = divmod(state.step, run.plan.steps_per_epoch)
         name = f"epoch_{epoch}.pt" if within == 0 else f"step_{state.step}.pt"
-        write_atomically(weights | {"training": _training(state)}, run.directory / name)
-        if state.step == run.plan.total_steps:
-            write_atomically(weights, run.directory / "final_epoch.pt")
+        content = _weights(run, state) | {"training": _training(state)}
+        write_atomically(content, run.directory / name)
     run.world.barrier()
 
 
-def _weights(run: Run, state: TrainState, epoch: int) -> dict[str, Any]:
+def save_final(run: Run, state: TrainState) -> Path:
+    """Write `final_epoch.pt`, weights and facts alone, after the last step."""
+    path = run.directory / "final_epoch.pt"
+    if run.world.is_main:
+        write_atomically(_weights(run, state), path)
+    run.world.barrier()
+    return path
+
+
+def _weights(run: Run, state: TrainState) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "epoch": epoch,
+        "epoch": state.step // run.plan.steps_per_epoch,
         "state_dict": state.model.clip.state_dict(),
         "token_head": token_head_state(state.model.token_head),
         "model_config": run.model_config,
@@ -70,7 +82,10 @@ def resume(run: Run, state: TrainState) -> Path | None:
     if not found:
         return None
     path = found[-1]
-    content = read_tensors(path)
+    try:
+        content = read_tensors(path)
+    except UserError as error:
+        raise UserError(f"{error}; delete it to go on from the checkpoint before") from None
     if content.get("schema") != SCHEMA:
         raise UserError(
             f"{path} has checkpoint schema {content.get('schema')}; this version reads schema "
@@ -81,7 +96,9 @@ def resume(run: Run, state: TrainState) -> Path | None:
             f"{path} was trained on other data than {run.config.data.train_data} holds now; use "
             "another --out"
         )
-    training = content["training"]
+    training = content.get("training")
+    if training is None:
+        raise UserError(f"{path} holds no training state; delete it, or use another --out")
     load_into(state.model.clip, content["state_dict"], path)
     if state.model.token_head is not None:
         load_into(state.model.token_head, content["token_head"]["state_dict"], path)

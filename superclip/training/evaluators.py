@@ -18,6 +18,7 @@ from tqdm import tqdm
 from superclip.config import Precision
 from superclip.data.batch import Record, Source
 from superclip.data.loader import EvalRows, Preprocess, Tokenize
+from superclip.errors import UserError
 from superclip.model.superclip import SuperCLIP
 from superclip.ops.retrieval import (
     chance_recall,
@@ -123,7 +124,10 @@ class Encoder:
         owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
         flat = [text for texts in captions for text in texts]
         text = self.texts(model, flat)
-        return Features(torch.cat(images), text, owner.to(text.device), records, flat)
+        image = torch.cat(images)
+        if not bool(image.isfinite().all() and text.isfinite().all()):
+            raise UserError("the model's features are not finite: it has diverged; lower --lr")
+        return Features(image, text, owner.to(text.device), records, flat)
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,17 @@ from superclip.training.step import train_step
 
 
 def fit(run: Run, state: TrainState, batches: Iterable[Batch]) -> None:
-    """Train on `batches`, one optimizer step each, logging, evaluating and saving as planned."""
+    """Train on `batches`, one optimizer step each, logging, saving and evaluating as planned."""
     for batch in run.tracker.progress(batches, state.step, run.plan.total_steps):
         terms = train_step(state, batch.to(run.world.device), run)
         if run.plan.logs_at(state.step):
             run.tracker.log(
                 state.step, mean_over_ranks(terms, run.world, state.step) | state.gauges()
             )
-        if run.plan.evaluates_at(state.step) and run.world.is_main:
-            run.tracker.log(state.step, dict(run_evaluators(run.evaluators, state.model)))
         if run.plan.saves_at(state.step):
             save_checkpoint(run, state)
+        if run.plan.evaluates_at(state.step) and run.world.is_main:
+            run.tracker.log(state.step, dict(run_evaluators(run.evaluators, state.model)))
 
 
 def remaining_batches(run: Run, state: TrainState) -> Iterator[Batch]:

@@ -1,0 +1,133 @@
+"""Mistakes and accidents that a first attack found: one line, status 2, nothing lost."""
+
+import fcntl
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, refused
+from PIL import Image
+
+from superclip.config import is_scenes, train_config
+from superclip.data.shards import Shards
+from superclip.data.sources import open_source
+from superclip.errors import UserError, check_writable
+
+WORDS = "superclip.train --train-num-samples 256 --batch-size 32 --head-vocab seen --log-every 4"
+
+
+def test_a_diverged_model_has_no_recall(tiny_run, tmp_path):
+    content = torch.load(tiny_run / "final_epoch.pt", weights_only=True)
+    content["state_dict"]["visual.proj"].fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.pt")
+    line = refused("superclip.evaluate", "--ckpt", str(tmp_path / "nan.pt"), "--num", "100")
+    assert "not finite" in line and not list(tmp_path.glob("*.json"))
+
+
+def test_a_diverged_run_saves_nothing(tmp_path):
+    out = tmp_path / "run"
+    line = refused(*WORDS.split(), "--lr", "1e30", "--warmup", "0", "--out", str(out))
+    assert "lower --lr" in line and not list(out.glob("*.pt"))
+
+
+def test_a_kill_before_the_final_file_is_mended(tiny_run, tmp_path):
+    for name in ("run.json", "metrics.jsonl", "epoch_1.pt"):
+        (tmp_path / name).write_bytes((tiny_run / name).read_bytes())
+    (tmp_path / "final_epoch.pt").write_bytes(b"cut")
+    done = command(*WORDS.split(), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    a, b = (
+        torch.load(d / "final_epoch.pt", weights_only=True)["state_dict"]
+        for d in (tiny_run, tmp_path)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "metrics.jsonl").read_text() == (tiny_run / "metrics.jsonl").read_text()
+
+
+def test_overwrite_with_a_mistake_deletes_nothing(tiny_run, tmp_path):
+    for name in ("run.json", "final_epoch.pt"):
+        (tmp_path / name).write_bytes((tiny_run / name).read_bytes())
+    words = [*WORDS.split(), "--out", str(tmp_path), "--overwrite"]
+    assert "did you mean" in refused(*words, "--model", "scenes-vitt")
+    assert "larger than the data" in refused(*words, "--batch-size", "9999")
+    assert (tmp_path / "final_epoch.pt").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with (tmp_path / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert "another process" in refused(*WORDS.split(), "--out", str(tmp_path))
+
+
+def test_a_strangers_record_is_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("my own notes")
+    assert "no run.json" in refused(*WORDS.split(), "--out", str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "my own notes"
+
+
+def test_names_of_scenes():
+    assert is_scenes("scenes:val") and not is_scenes("scenes/val-000000.tar")
+    with pytest.raises(UserError, match="did you mean 'val'"):
+        open_source("scenes:vall")
+
+
+def test_root_without_coco_is_refused(tiny_run, tmp_path):
+    ckpt = str(tiny_run / "final_epoch.pt")
+    line = refused("interp.sweep", "--ckpt", ckpt, "--root", "x", "--out", str(tmp_path / "o"))
+    assert "--root goes with --data coco" in line
+
+
+def test_output_below_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        check_writable(tmp_path / "file" / "x" / "y.json", "--out")
+    check_writable(tmp_path / "new" / "y.json", "--out")
+    assert "is a file" in refused(*WORDS.split(), "--out", str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 0},
+        {"width": 10**30},
+        {"captions": "a dog"},
+        {"captions": [None]},
+        {"boxes": {"xywh": [[0, 0, float("nan"), 5]], "categories": ["dog"], "iscrowd": [0]}},
+        {"boxes": {"xywh": [[0, 0, 0, 5]], "categories": ["dog"], "iscrowd": [0]}},
+    ],
+)
+def test_facts_inside_shards_are_checked(change, tmp_path):
+    facts = {"schema": 1, "key": "1", "captions": ["a dog"], "width": 8, "height": 8} | change
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture, "png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("1.png", picture.getvalue()), ("1.json", json.dumps(facts).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(UserError, match=r"1: broken facts"):
+        Shards(str(tmp_path / "a.tar")).read(0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"aug_scale": 0.5},
+        {"aug_scale": [0.5]},
+        {"loss": ["a"]},
+        {"beta1": 2.0},
+        {"eps": -1.0},
+        {"wd": -1.0},
+        {"lr": float("inf")},
+        {"threads": 0},
+        {"seed": 2**70},
+        {"train_num_samples": 10**13},
+        {"val_data": ""},
+    ],
+)
+def test_values_out_of_range_are_refused(values):
+    with pytest.raises(UserError):
+        train_config(values)
