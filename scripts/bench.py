@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -140,7 +141,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(ABC):
     rounds: int = 5
     """Timed rounds of every side."""
     threads: int | None = None
@@ -155,8 +156,8 @@ class Bench:
         if self.out is not None and not self.out.parent.is_dir():
             raise UserError(f"--out {self.out}: there is no folder {self.out.parent}")
 
-    def run(self) -> Findings:
-        raise NotImplementedError
+    @abstractmethod
+    def run(self) -> Findings: ...
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from interp.heads import Head
 from interp.hooked import HookedVisionTransformer
 from superclip.errors import UserError
+from superclip.ops.retrieval import image_to_text_ranks
 
 KINDS = ("zero", "mean")
 TOKENS = ("all", "class")
@@ -195,17 +196,24 @@ def recall_hits(
     """
     if k < 1:
         raise UserError(f"recall at {k} is not defined; k starts at 1")
-    chunks = []
-    for similarity, own in _similarities(image_features, text_features, owner):
-        best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        chunks.append(((similarity >= best) & ~own).sum(dim=1) < k)
-    return torch.cat(chunks)
+    images, texts = _unit_vectors(image_features, text_features, owner)
+    return image_to_text_ranks(images, texts, owner) < k
 
 
 def _similarities(
     image_features: Tensor, text_features: Tensor, owner: Tensor
 ) -> Iterator[tuple[Float[Tensor, "chunk caption"], Bool[Tensor, "chunk caption"]]]:
     """Cosines of some images with all captions, and which captions are theirs, chunk by chunk."""
+    images, texts = _unit_vectors(image_features, text_features, owner)
+    rows = torch.arange(len(images), device=owner.device).unsqueeze(1)
+    size = max(1, SIMILARITY_BUDGET // len(owner))
+    for chunk, row in zip(images.split(size), rows.split(size), strict=True):
+        yield chunk @ texts.T, row == owner
+
+
+def _unit_vectors(
+    image_features: Tensor, text_features: Tensor, owner: Tensor
+) -> tuple[Float[Tensor, "image embed"], Float[Tensor, "caption embed"]]:
     n = len(image_features)
     if not bool(((owner >= 0) & (owner < n)).all()):
         raise UserError(f"a caption's owner lies outside the {n} images")
@@ -217,7 +225,4 @@ def _similarities(
         )
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     images, texts = (F.normalize(x.to(dtype), dim=-1) for x in (image_features, text_features))
-    rows = torch.arange(n, device=owner.device).unsqueeze(1)
-    size = max(1, SIMILARITY_BUDGET // len(owner))
-    for chunk, row in zip(images.split(size), rows.split(size), strict=True):
-        yield chunk @ texts.T, row == owner
+    return images, texts

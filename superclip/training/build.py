@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import zipfile
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,15 +84,11 @@ def _lock(out: Path) -> None:
     Raises:
         UserError: if another process trains here.
     """
-    handle = (out / ".lock").open("w")
+    descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is training in {out}; use another --out") from None
-    _LOCKS.append(handle)
-
-
-_LOCKS: list[IO[str]] = []
 
 
 def _remove_run(out: Path) -> None:
