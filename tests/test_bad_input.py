@@ -131,3 +131,17 @@ def test_facts_inside_shards_are_checked(change, tmp_path):
 def test_values_out_of_range_are_refused(values):
     with pytest.raises(UserError):
         train_config(values)
+
+
+@pytest.mark.parametrize("field", ["id", "image_id"])
+def test_ids_that_are_lists_are_no_coco(field, tmp_path):
+    (tmp_path / "images").mkdir()
+    annotation = {"id": 1, "image_id": 1, "caption": "a dog"} | {field: [1]}
+    images = [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}]
+    text = json.dumps({"images": images, "annotations": [annotation]})
+    (tmp_path / "captions.json").write_text(text)
+    (tmp_path / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": [], "categories": []})
+    )
+    with pytest.raises(UserError, match=f"not a COCO captions file.*{field}"):
+        open_source(f"coco:{tmp_path}:all")

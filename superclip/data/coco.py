@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -270,7 +269,7 @@ def _load(path: Path, kind: str, fields: Iterable[str]) -> tuple[dict[str, Any],
         document = json.loads(text, object_hook=_without_outline)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again") from None
     needed = {"images": _IMAGE, "annotations": tuple(fields)}
     if kind == "instances":
@@ -284,6 +283,10 @@ def _load(path: Path, kind: str, fields: Iterable[str]) -> tuple[dict[str, Any],
             lacking = [f for f in names if f not in entry] if isinstance(entry, dict) else names
             if lacking:
                 _not_coco(path, kind, name, place, f"lacks {', '.join(lacking)}")
+            for field in {"id", "image_id", "category_id", "file_name", "name"} & set(entry):
+                if not isinstance(entry[field], int | str):
+                    what = f"has {entry[field]!r:.40} for {field}, not a number or a text"
+                    _not_coco(path, kind, name, place, what)
     return held, hashlib.sha256(text).hexdigest()
 
 
@@ -313,7 +316,7 @@ def _fault(bbox: Any, image: Mapping[str, Any]) -> str | None:
     """What is wrong with a box, or None."""
     if not (isinstance(bbox, list) and len(bbox) == 4):
         return "not four numbers"
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox):
+    if not all(isinstance(v, int | float) and abs(v) < 2**31 for v in bbox):
         return "not finite"
     x, y, w, h = bbox
     if w < 0 or h < 0:
