@@ -106,6 +106,10 @@ class Batch:
         move = {name: t.to(device, non_blocking=True) for name, t in vars(self).items()}
         return Batch(**move)
 
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, so that copies to a GPU run beside the computation."""
+        return Batch(**{name: t.pin_memory() for name, t in vars(self).items()})
+
     def split(self, parts: int) -> list[Batch]:
         """`parts` equal micro-batches in order; `parts` must divide the rows."""
         assert len(self) % parts == 0, f"{parts} micro-batches do not divide {len(self)} rows"
