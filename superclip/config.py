@@ -252,7 +252,8 @@ class EvalConfig:
     bootstrap: int = 2000
     """Draws of the bootstrap over pictures."""
     out: Path | None = None
-    """JSON file. Default: eval_SPLIT.json beside the checkpoint."""
+    """JSON file. Default: eval_SPLIT.json beside the checkpoint; with --val-data, --num, --pool or
+    --protocol a name of its own, so that no measurement replaces another."""
 
     def __post_init__(self) -> None:
         for name, least in (("num", 2), ("pool", 2), ("batch_size", 1), ("bootstrap", 100)):
