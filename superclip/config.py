@@ -34,6 +34,12 @@ def is_scenes(spec: str) -> bool:
     return spec.partition(":")[0] == "scenes"
 
 
+def _at_least_one(options: Any, name: str) -> None:
+    value = getattr(options, name)
+    if value is not None and value < 1:
+        raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
 @dataclass(frozen=True)
 class ClipOptions:
     """Options of `--loss clip`: none."""
@@ -82,6 +88,8 @@ class ModelConfig:
     """Initial scale of the logits (1 / temperature); ignored with --pretrained."""
     grad_checkpointing: bool = free(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = free(False)
+    """torch.compile the two towers, each as one graph."""
 
     def __post_init__(self) -> None:
         if not 0 < self.init_scale <= 100:
@@ -91,8 +99,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train_data: str = "scenes"
-    """scenes (generated), tar shards ('shards/train-{000000..000003}.tar'), or
-    coco:FOLDER[:SPLIT]."""
+    """scenes (generated), tar shards ('shards/train-{000000..000003}.tar'), coco:FOLDER[:SPLIT], or
+    a stream (pipe:COMMAND, http://...), which promises less. A::B joins several."""
+    train_data_weights: tuple[float, ...] | None = None
+    """How often the pictures of each of several sources come in one pass: 2 is twice, 0.5 every
+    other pass. Default: once each."""
     val_data: str | None = None
     """Held-out data, spelled like --train-data. Default: scenes' val split, or the val shards of
     the manifest beside the training shards."""
@@ -106,6 +117,10 @@ class DataConfig:
     squash/pad."""
     workers: int = free(0)
     """Reader processes per rank; 0 reads in the training process."""
+    reader_timeout: float = free(300.0)
+    """Seconds after which a reader that hangs is named and the run ends."""
+    max_skip_rate: float = free(0.01)
+    """Share of unreadable pictures (replaced and counted) above which the run stops."""
     data_seed: int = 0
     """Seed of the generated scenes."""
 
@@ -116,6 +131,16 @@ class DataConfig:
             raise UserError("--val-data is empty; name held-out data, or leave the flag out")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers} must not be negative")
+        if not self.reader_timeout > 0:
+            raise UserError(f"--reader-timeout {self.reader_timeout} must be above 0")
+        if not 0 <= self.max_skip_rate <= 1:
+            raise UserError(f"--max-skip-rate {self.max_skip_rate} must lie in [0, 1]")
+        weights, parts = self.train_data_weights, self.train_data.count("::") + 1
+        if weights is not None and (len(weights) != parts or not all(0 < w < 1e3 for w in weights)):
+            raise UserError(
+                f"--train-data-weights {' '.join(map(str, weights))}: give one number above 0 for "
+                f"each of the {parts} source(s) in --train-data"
+            )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"--aug-scale {low} {high} must satisfy 0 < low <= high <= 1")
@@ -133,10 +158,14 @@ class DataConfig:
 class OptimConfig:
     epochs: int | None = None
     """Passes over the data. Default: 1 on scenes, 20 elsewhere."""
-    batch_size: int = 64
-    """Pairs per process and micro-step, as in open_clip."""
-    accum_freq: int = 1
+    batch_size: int | None = free(None)
+    """Pairs per process and micro-step, as in open_clip (default 64); beside --global-batch-size,
+    the most of them that fit the memory."""
+    accum_freq: int = free(1)
     """Micro-steps per optimizer step; the contrastive loss still sees all of them at once."""
+    global_batch_size: int | None = None
+    """Pairs per optimizer step over all processes; kept when their number changes, and with it the
+    run. Default: batch size x micro-steps x processes."""
     lr: float | None = None
     """Peak learning rate. Default: 5e-4 from scratch, 5e-5 from pretrained weights. Tune it per
     loss."""
@@ -151,11 +180,8 @@ class OptimConfig:
     """Largest gradient norm, of the two towers and of the token head each by itself."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accum_freq"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1"
-                )
+        for name in ("batch_size", "accum_freq", "global_batch_size"):
+            _at_least_one(self, name)
         if self.epochs is not None and self.epochs < 1:
             raise UserError(f"--epochs {self.epochs} must be at least 1")
         if self.lr is not None and not self.lr > 0:
@@ -172,6 +198,32 @@ class OptimConfig:
         if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
             raise UserError(f"--grad-clip-norm {self.grad_clip_norm} must be above 0, or None")
 
+    def dealt(self, processes: int) -> tuple[int, int, int]:
+        """Global batch, micro-batch of each process, and micro-steps.
+
+        >>> OptimConfig(batch_size=16).dealt(3)
+        (48, 16, 1)
+        >>> OptimConfig(batch_size=16, global_batch_size=96).dealt(3)
+        (96, 16, 2)
+
+        Raises:
+            UserError: if the processes don't divide the global batch; names the numbers that do.
+        """
+        if self.global_batch_size is None:
+            batch = self.batch_size or 64
+            return batch * self.accum_freq * processes, batch, self.accum_freq
+        share, rest = divmod(self.global_batch_size, processes)
+        if rest:
+            whole = range(1, self.global_batch_size + 1)
+            ways = [str(n) for n in whole if self.global_batch_size % n == 0]
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} can't be dealt to {processes} "
+                f"processes; use {', '.join(ways)} of them, or another size"
+            )
+        least = max(self.accum_freq, math.ceil(share / (self.batch_size or share)))
+        accum = next(a for a in range(min(least, share), share + 1) if share % a == 0)
+        return self.global_batch_size, share // accum, accum
+
 
 @dataclass(frozen=True)
 class TrainConfig(Generic[Options]):
@@ -187,20 +239,38 @@ class TrainConfig(Generic[Options]):
     """Seed of initialisation, order and draws."""
     precision: Precision = "auto"
     """auto takes amp_bf16 where the hardware has it, else fp32. amp is fp16 with loss scaling."""
+    deterministic: bool = free(False)
+    """On CUDA, use only deterministic kernels, so that a resumed run is bit-equal there too."""
+    device: str = free("auto")
+    """auto, cpu, cuda, cuda:1."""
     threads: int | None = free(None)
     """CPU threads per process; results are bit-equal only for equal threads."""
+    timeout_minutes: float = free(30.0)
+    """Minutes that a process waits for its peers before the run ends."""
     out: Path = free(Path("logs"))
     """Folder of this one run. The same command again resumes it."""
     overwrite: bool = free(False)
     """Delete the run that stands in --out and start anew."""
-    log_every: int = free(50)
-    """Steps between two lines of metrics.jsonl."""
     save_every: int | None = free(None)
     """Steps between checkpoints, beside the one at the end of every epoch."""
+    save_every_minutes: float | None = free(None)
+    """Minutes between checkpoints, likewise."""
     save_frequency: int = free(1)
     """Epochs between checkpoints (open_clip's name)."""
-    report_to: Literal["none", "tensorboard", "wandb"] = free("none")
-    """Mirror metrics.jsonl to a tracker (pip install '.[track]')."""
+    keep_last: int | None = free(None)
+    """Keep only this many of the newest epoch_K.pt and step_N.pt. Default: all."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: stop and keep the batch that caused it, or
+    skip the update and count it."""
+    log_every: int = free(50)
+    """Steps between two lines of metrics.jsonl."""
+    log_grad_share: int | None = free(None)
+    """Steps between two measurements of each term's share in the vision tower's gradient."""
+    profile: int | None = free(None)
+    """Steps to profile: writes a trace for Perfetto or TensorBoard, says where the time went."""
+    track: str = free("")
+    """Mirrors of metrics.jsonl: tensorboard, wandb, or both with a comma (pip install
+    '.[track]')."""
 
     def __post_init__(self) -> None:
         expected = LOSS_OPTIONS.get(self.loss)
@@ -210,15 +280,21 @@ class TrainConfig(Generic[Options]):
             raise UserError(
                 f"--loss {self.loss} takes {expected.__name__}, not {type(self.options).__name__}"
             )
-        for name in ("log_every", "save_frequency"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        for name in ("log_every", "save_frequency", "threads", "save_every", "keep_last"):
+            _at_least_one(self, name)
+        for name in ("log_grad_share", "profile"):
+            _at_least_one(self, name)
+        for name in ("save_every_minutes", "timeout_minutes"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e5:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is no time span")
+        if unknown := sorted(set(self.trackers) - {"tensorboard", "wandb"}):
+            raise UserError(f"--track {unknown[0]!r} is unknown; use tensorboard, wandb or both")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed} must lie in 0..2^63 - 1")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads {self.threads} must be at least 1")
-        if self.save_every is not None and self.save_every < 1:
-            raise UserError(f"--save-every {self.save_every} must be at least 1")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        return tuple(name for name in self.track.split(",") if name)
 
     @property
     def epochs(self) -> int:
@@ -356,9 +432,12 @@ def _cast(kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):
         return _cast(next(k for k in typing.get_args(kind) if k is not type(None)), value)
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(typing.get_args(kind)):
-            raise UserError(f"{value!r} is not a list of {len(typing.get_args(kind))} values")
-        return tuple(_cast(k, v) for k, v in zip(typing.get_args(kind), value))
+        kinds = typing.get_args(kind)
+        if isinstance(value, list | tuple) and kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            raise UserError(f"{value!r} is not a list of {len(kinds)} values")
+        return tuple(_cast(k, v) for k, v in zip(kinds, value))
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise UserError(f"{value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")

@@ -50,6 +50,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # what torch raises for a killed reader
+            raise
+        print(f"error: {error}; the memory may be full: use fewer --workers", file=sys.stderr)
+        raise SystemExit(2) from None
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -12,15 +12,15 @@ from superclip.flags import command_line, parse_train
 def main(argv: list[str]) -> None:
     """Parse, build, run."""
     config = parse_train(argv)
-    import dataclasses
-
     import torch
 
+    from superclip.data.stream import Stream
     from superclip.ops.world import World
-    from superclip.training.build import build_run, claim_directory, open_tracker
+    from superclip.training.build import build_run, claim_directory, open_tracker, settled
     from superclip.training.checkpoint import resume, save_final
     from superclip.training.loop import fit, remaining_batches
-    from superclip.training.optim import concrete_precision
+    from superclip.training.preemption import StopRequest
+    from superclip.training.profile import profiled
 
     logging.getLogger().setLevel(
         logging.ERROR
@@ -28,36 +28,50 @@ def main(argv: list[str]) -> None:
     check_writable(config.out, "--out")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    world = World.from_env()
-    try:
-        config = dataclasses.replace(
-            config, precision=concrete_precision(config.precision, world.device)
-        )
-        if claim_directory(config, world):
-            print(f"{config.out} holds this run, finished: {config.out}/final_epoch.pt")
+    with StopRequest() as stop, World.joined(config.device, config.timeout_minutes) as world:
+        config = settled(config, world)
+        if world.on_main(lambda: claim_directory(config)):
+            if world.is_main:
+                print(f"{config.out} holds this run, finished: {config.out}/final_epoch.pt")
             return
-        run, state = build_run(config, world, command_line())
+        run, state = build_run(config, world, command_line(), stop)
         resumed = resume(run, state)
         run = open_tracker(run, state)
+        plan = run.plan
         if world.is_main:
             what = f"resuming from {resumed.name}" if resumed else "starting"
+            dealt = f" x {plan.accum_freq} micro-steps" if plan.accum_freq > 1 else ""
             print(
                 f"{what}: {config.loss} {config.model.model} on {run.rows.source.name}, "
-                f"{run.order.num_rows} pictures, "
-                f"{run.plan.total_steps} steps of "
-                f"{config.optim.batch_size * config.optim.accum_freq * world.size}, "
-                f"{run.precision}, {world.size} process(es) on {world.device.type}",
+                f"{run.order.num_rows} pictures, {plan.total_steps} steps of {plan.global_batch}, "
+                f"{run.precision}, {world.size} process(es) of {plan.micro_batch}{dealt} on "
+                f"{world.device.type}",
                 flush=True,
             )
+            if isinstance(run.rows.source, Stream):
+                print(f"note: {Stream.promises}", flush=True)
         began = time.perf_counter(), time.process_time()
         state.model.train()
-        fit(run, state, remaining_batches(run, state))
-        final = save_final(run, state)
+        batches = remaining_batches(run, state)
+        if world.is_main:
+            batches = profiled(batches, config.profile, run.directory)
+        finished = fit(run, state, batches)
+        if finished:
+            save_final(run, state)
         if world.is_main:
             wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-            print(f"done: {final} ({wall:.0f} s wall, {cpu:.0f} s CPU of this process)")
-    finally:
-        world.close()
+            took = f"({wall:.0f} s wall, {cpu:.0f} s CPU of this process)"
+            skipped = ", ".join(f"{n} {cause}" for cause, n in state.substituted.most_common())
+            if skipped:
+                print(f"pictures replaced because they can't be read: {skipped}")
+            if finished:
+                print(f"done: {run.directory / 'final_epoch.pt'} {took}", flush=True)
+            else:
+                print(
+                    f"stopped on request after step {state.step} of {plan.total_steps}, saved "
+                    f"{took}; resubmit to continue",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,17 @@ def refused(*words: str, cwd: Path = ROOT) -> str:
 
 
 @pytest.fixture(scope="session")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard of 32 held-out scenes, so that an evaluation takes no time."""
+    from superclip.data.scenes import Scenes
+    from superclip.data.shards import write_shards
+
+    out, scenes = tmp_path_factory.mktemp("few"), Scenes("val", 32)
+    write_shards(((scenes.read(row), [row]) for row in range(32)), out, "val")
+    return out / "val-000000.tar"
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished, barely trained SuperCLIP run on scenes."""
     out = tmp_path_factory.mktemp("tiny") / "run"

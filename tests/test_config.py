@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import subprocess
@@ -147,3 +148,31 @@ def test_help_teaches_and_touches_no_torch(name):
 
 def test_unknown_flag_of_a_command_is_one_line():
     assert "did you mean 'kind'" in refused("interp.sweep", "--kin", "class")
+
+
+def test_the_global_batch_is_dealt_out_whole():
+    for ranks, batch in itertools.product((1, 2, 3, 4, 6), (None, 1, 7, 64)):
+        options = OptimConfig(global_batch_size=48, batch_size=batch)
+        whole, micro, accum = options.dealt(ranks)
+        assert (whole, micro * accum * ranks) == (48, 48) and (batch is None or micro <= batch)
+    with pytest.raises(UserError, match="use 1, 2, 3, 4, 6, 8, 12, 16, 24, 48 of them"):
+        OptimConfig(global_batch_size=48).dealt(5)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--global-batch-size 0", "at least 1"),
+        ("--max-skip-rate 2", "in [0, 1]"),
+        ("--reader-timeout 0", "above 0"),
+        ("--track mlflow", "tensorboard, wandb"),
+        ("--keep-last 0", "at least 1"),
+        ("--save-every-minutes -1", "time span"),
+        ("--train-data a.tar::b.tar --train-data-weights 1", "each of the 2 source(s)"),
+        ("--on-nonfinite ignore", "stop"),
+    ],
+)
+def test_new_flags_refuse_what_makes_no_sense(words, told):
+    with pytest.raises(UserError) as error:
+        parse_train(words.split())
+    assert told in str(error.value)

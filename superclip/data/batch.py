@@ -66,6 +66,9 @@ class Source(Protocol):
         num_images, num_captions: sizes of the manifest.
         shard_sizes: pictures per shard, in manifest order (for the block shuffle of `order`).
         keys: the public id of every row.
+
+    `read` raises `BadPicture` or `OSError` for one unreadable picture, `UserError` where the whole
+    data can't be trusted any more. `where` names the file of a row.
     """
 
     @property
@@ -82,6 +85,7 @@ class Source(Protocol):
     def keys(self) -> list[str]: ...
 
     def read(self, row: int) -> Record: ...
+    def where(self, row: int) -> str: ...
 
 
 @dataclass(frozen=True)

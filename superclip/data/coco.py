@@ -18,6 +18,7 @@ import numpy as np
 
 from superclip.data.batch import Boxes, Record
 from superclip.data.geometry import BadPicture
+from superclip.data.patience import Patience
 from superclip.errors import UserError, nearest
 
 OnBad = Literal["error", "drop"]
@@ -126,6 +127,7 @@ class CocoFolder:
         self, root: Path | str, split: str, limit: int | None = None, on_bad: OnBad = "error"
     ):
         self.root, self.on_bad = Path(root), on_bad
+        self._patience = Patience()
         self.name = f"{self.root.name}:{split}"
         self.attrition: Counter[str] = Counter()
         captions_file, instances_file, self._pictures = _files(self.root, split)
@@ -165,9 +167,9 @@ class CocoFolder:
             BadPicture: if its file cannot be read.
         """
         image, first = self._images[row], int(self._first_caption[row])
-        path = self._pictures / image["file_name"]
+        path = self._path(row)
         try:
-            picture = path.read_bytes()
+            picture = self._patience(path, path.read_bytes)
         except OSError as error:
             raise BadPicture(f"{path}: {error.strerror}") from error
         texts = self._texts[row]
@@ -181,6 +183,12 @@ class CocoFolder:
             caption_rows=tuple(range(first, first + len(texts))),
             boxes=self._boxes_of[row],
         )
+
+    def where(self, row: int) -> str:
+        return str(self._path(row))
+
+    def _path(self, row: int) -> Path:
+        return self._pictures / self._images[row]["file_name"]
 
     def _captions(
         self, annotations: Sequence[dict[str, Any]], images: Mapping[Any, Any], path: Path

@@ -139,9 +139,8 @@ def plan(width: int, height: int, size: int, mode: Mode, draw: CropDraw | None =
     assert min(width, height, size) > 0, f"no geometry for {width}x{height} -> {size}"
     full = (0, 0, size, size)
     if draw is not None:
-        return Geometry(
-            width, height, size, _random_rectangle(width, height, draw), full, draw.flip
-        )
+        source = _random_rectangle(width, height, size, draw)
+        return Geometry(width, height, size, source, full, draw.flip)
     if mode == "squash":
         return Geometry(width, height, size, (0.0, 0.0, float(width), float(height)), full)
     if mode == "pad":
@@ -156,19 +155,26 @@ def plan(width: int, height: int, size: int, mode: Mode, draw: CropDraw | None =
     return Geometry(width, height, size, window, full)
 
 
-def _random_rectangle(width: int, height: int, draw: CropDraw) -> tuple[float, float, float, float]:
-    """The first try that fits, else the largest central crop within the ratio bounds."""
+def _random_rectangle(
+    width: int, height: int, size: int, draw: CropDraw
+) -> tuple[float, float, float, float]:
+    """The first try that fits, else the largest central crop within the ratio bounds; on the grid
+    to which a JPEG decoder may reduce the picture, which moves its sides by less than one pixel of
+    the input."""
     for area, ratio in zip(draw.areas, draw.ratios):
         w = round(math.sqrt(width * height * area * ratio))
         h = round(math.sqrt(width * height * area / ratio))
         if 0 < w <= width and 0 < h <= height:
             x, y = int(draw.across * (width - w + 1)), int(draw.down * (height - h + 1))
-            return float(x), float(y), float(x + w), float(y + h)
-    low, high = draw.ratio
-    w = min(width, max(1, round(height * high)))
-    h = min(height, max(1, round(width / low)))
-    x, y = (width - w) // 2, (height - h) // 2
-    return float(x), float(y), float(x + w), float(y + h)
+            break
+    else:
+        low, high = draw.ratio
+        w = min(width, max(1, round(height * high)))
+        h = min(height, max(1, round(width / low)))
+        x, y = (width - w) // 2, (height - h) // 2
+    grid = _reduction(w / size, h / size)
+    x0, y0, x1, y1 = (float(side - side % grid) for side in (x, y, x + w, y + h))
+    return x0, y0, x1, y1
 
 
 def picture_size(picture: bytes | np.ndarray) -> tuple[int, int]:
@@ -203,35 +209,35 @@ def render(
     """
     try:
         image, reduction = _decode(picture, geometry, fast)
-        part = _resample(image, geometry, reduction, exact=not fast)
+        part = np.moveaxis(_resample(image, geometry, reduction, exact=not fast), 2, 0)
     except BadPicture:
         raise
     except _DECODER_ERRORS as error:
         raise BadPicture(f"cannot be decoded ({error})") from error
     if geometry.flip:
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if part.size != (geometry.size, geometry.size):
-        canvas = Image.new("RGB", (geometry.size, geometry.size), PAD_COLOUR)
-        canvas.paste(part, geometry.target[:2])
-        part = canvas
-    return np.ascontiguousarray(np.moveaxis(np.asarray(part), 2, 0))
+        part = part[:, :, ::-1]
+    if part.shape[1:] == (geometry.size, geometry.size):
+        return np.ascontiguousarray(part)
+    canvas = np.empty((3, geometry.size, geometry.size), np.uint8)
+    canvas[:] = np.array(PAD_COLOUR)[:, None, None]
+    x0, y0, x1, y1 = geometry.target
+    canvas[:, y0:y1, x0:x1] = part
+    return canvas
 
 
-def _decode(
-    picture: bytes | np.ndarray, geometry: Geometry, fast: bool
-) -> tuple[Image.Image, float]:
+def _decode(picture: bytes | np.ndarray, geometry: Geometry, fast: bool) -> tuple[Image.Image, int]:
     """The RGB picture and the factor by which the decoder has reduced it."""
     if isinstance(picture, np.ndarray):
         image, turned = Image.fromarray(picture), False
     else:
         image = Image.open(io.BytesIO(picture))
         turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
-    size, reduction = image.size, 1.0
+    size, reduction = image.size, 1
     if fast and not turned:  # a turned picture is decoded whole: its reduced rows start elsewhere
-        needed = _spare(geometry)
-        drafted = image.draft("RGB", (math.ceil(size[0] / needed), math.ceil(size[1] / needed)))
-        if drafted is not None:
-            reduction = size[0] / drafted[1][2]
+        (x0, y0, x1, y1), (left, top, right, bottom) = geometry.source, geometry.target
+        wanted = _reduction((x1 - x0) / (right - left), (y1 - y0) / (bottom - top))
+        if image.draft("RGB", (size[0] // wanted, size[1] // wanted)) is not None:
+            reduction = wanted
     if turned:
         image = ImageOps.exif_transpose(image)
         size = image.size
@@ -240,15 +246,17 @@ def _decode(
         raise BadPicture(f"is {size[0]}x{size[1]} pixels, its record says {expected}")
     if image.mode.startswith("I;16"):  # PIL clips 16-bit grey at 255, which would turn it white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB"), reduction
+    return image if image.mode == "RGB" else image.convert("RGB"), reduction
 
 
-def _resample(image: Image.Image, geometry: Geometry, reduction: float, exact: bool) -> Image.Image:
+def _resample(
+    image: Image.Image, geometry: Geometry, reduction: int, exact: bool
+) -> UInt8[np.ndarray, "h w 3"]:
     """The source rectangle at the size of the target rectangle.
 
     `exact` resizes the whole picture and cuts, where the cut falls on whole pixels: bit for bit
-    what open_clip does. Resampling only the rectangle is cheaper and differs by rounding, and by
-    clipping between PIL's two passes, whose order PIL picks by shape.
+    what open_clip does. Otherwise only the rectangle is resampled, which differs by rounding and at
+    the rectangle's border.
     """
     sx0, sy0, sx1, sy1 = (side / reduction for side in geometry.source)
     tx0, ty0, tx1, ty1 = geometry.target
@@ -258,13 +266,28 @@ def _resample(image: Image.Image, geometry: Geometry, reduction: float, exact: b
     if exact and np.abs(grid - grid.round()).max() < 1e-6:
         whole_w, whole_h, left, top = grid.round().astype(int).tolist()
         whole = image.resize((whole_w, whole_h), _BICUBIC)
-        return whole.crop((left, top, left + w, top + h))
-    return image.resize(
-        (w, h), _BICUBIC, box=(sx0, sy0, min(sx1, image.width), min(sy1, image.height))
-    )
+        return np.asarray(whole.crop((left, top, left + w, top + h)))
+    box = sx0, sy0, min(sx1, image.width), min(sy1, image.height)
+    if exact or any(side % 1 for side in box):
+        return np.asarray(image.resize((w, h), _BICUBIC, box=box))
+    left, top, right, bottom = map(int, box)
+    return _interpolate(np.array(image.crop((left, top, right, bottom))), w, h)
 
 
-def _spare(geometry: Geometry) -> float:
-    """How many times larger than needed the stored picture is, at least 1."""
-    (sx0, sy0, sx1, sy1), (tx0, ty0, tx1, ty1) = geometry.source, geometry.target
-    return max(1.0, min((sx1 - sx0) / (tx1 - tx0), (sy1 - sy0) / (ty1 - ty0)))
+def _interpolate(pixels: UInt8[np.ndarray, "h1 w1 3"], w: int, h: int) -> np.ndarray:
+    """Bicubic with antialiasing as PIL's, in a quarter of its time: torch has vectorised it for
+    uint8 (AVX2). The two differ by rounding and by clipping between their passes, on photographs by
+    under 0.1 of 255 levels in the mean."""
+    import torch
+
+    if pixels.shape[:2] == (h, w):
+        return pixels
+    picture = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    smaller = torch.nn.functional.interpolate(picture, (h, w), mode="bicubic", antialias=True)
+    return smaller[0].permute(1, 2, 0).numpy()
+
+
+def _reduction(*spare: float) -> int:
+    """What the JPEG decoder may divide the sides by, when they are so many times larger than
+    needed."""
+    return next((factor for factor in (8, 4, 2) if min(spare) >= factor), 1)

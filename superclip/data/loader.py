@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from superclip.data.batch import Batch, Record, Source
 from superclip.data.geometry import BadPicture, Geometry, plan, random_crop, render
 from superclip.data.order import Order, Purpose, draw
+from superclip.data.patience import Watch, begin_reader, start_readers
 from superclip.errors import UserError
 
 Tokenize = Callable[[str], np.ndarray]
-TRIES = 3
+DrawKey = tuple[int, int, int]
+"""Epoch, row and copy: what every draw of a training pair is counted by."""
+SUBSTITUTES = 16
+"""Pictures tried in the place of an unreadable one before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,35 @@ def tokenizer_for(tokenizer: Any) -> Tokenize:
     return tokenize
 
 
+def training_pair(
+    record: Record,
+    preprocess: Preprocess,
+    tokenize: Tokenize,
+    crop_scale: tuple[float, float],
+    rng: Callable[[Purpose], np.random.Generator],
+) -> dict[str, Any]:
+    """One caption and one augmented picture of a record, as `rng` draws them.
+
+    Raises:
+        BadPicture: if the picture can't be decoded.
+    """
+    which = int(rng(Purpose.CAPTION).integers(len(record.captions)))
+    if crop_scale == (1.0, 1.0):
+        geometry = preprocess.geometry(record)
+    else:
+        crop = random_crop(rng(Purpose.CROP), crop_scale)
+        geometry = plan(record.width, record.height, preprocess.size, "crop", crop)
+    return {
+        "image": render(record.picture, geometry, fast=True),
+        "tokens": tokenize(record.captions[which]),
+        "image_id": record.row,
+        "caption_id": record.caption_rows[which],
+    }
+
+
 class TrainRows(Dataset[dict[str, Any]]):
-    """`[(epoch, row)]` -> one augmented training pair; a picture that can't be read is replaced and
-    counted.
+    """`[(epoch, row, copy)]` -> one augmented training pair; a picture that can't be read is
+    replaced and counted.
 
     Args:
         source: the pictures.
@@ -71,7 +102,10 @@ class TrainRows(Dataset[dict[str, Any]]):
         tokenize: of the model.
         seed: of the run.
         crop_scale: area range of the random crop; (1, 1) draws none.
+        num: only the first so many pictures may take the place of another (default: all).
     """
+
+    watch: Watch | None = None
 
     def __init__(
         self,
@@ -80,40 +114,55 @@ class TrainRows(Dataset[dict[str, Any]]):
         tokenize: Tokenize,
         seed: int,
         crop_scale: tuple[float, float],
+        num: int | None = None,
     ):
         self.source, self.preprocess, self.tokenize = source, preprocess, tokenize
-        self.seed, self.crop_scale = seed, crop_scale
+        self.seed, self.crop_scale, self.num = seed, crop_scale, num or source.num_images
 
-    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
-        epoch, row = index
+    def __getitem__(self, index: DrawKey) -> dict[str, Any]:
+        epoch, row, copy = index
         causes: list[str] = []
         chosen, last = row, None
-        for attempt in range(TRIES + 1):
+        for attempt in range(SUBSTITUTES + 1):
             try:
-                return self._pair(epoch, chosen) | {"causes": causes}
+                return self._pair(epoch, chosen, copy) | {"causes": causes}
             except (BadPicture, OSError) as error:
-                causes.append(type(error.__cause__ or error).__name__)
+                causes.append(cause_of(error))
                 last = error
-            rng = draw(self.seed, epoch, row * (TRIES + 1) + attempt, Purpose.SUBSTITUTE)
-            chosen = int(rng.integers(self.source.num_images))
+            place = row * (SUBSTITUTES + 1) + attempt
+            rng = draw(self.seed, epoch, place, Purpose.SUBSTITUTE, copy)
+            chosen = int(rng.integers(self.num))
         raise UserError(
-            f"picture {self.source.keys[row]} and {TRIES} substitutes can't be read: {last}"
+            f"picture {self.source.keys[row]} and {SUBSTITUTES} substitutes can't be read: {last}"
         )
 
-    def _pair(self, epoch: int, row: int) -> dict[str, Any]:
-        record = self.source.read(row)
-        which = int(draw(self.seed, epoch, row, Purpose.CAPTION).integers(len(record.captions)))
-        if self.crop_scale == (1.0, 1.0):
-            geometry = self.preprocess.geometry(record)
-        else:
-            crop = random_crop(draw(self.seed, epoch, row, Purpose.CROP), self.crop_scale)
-            geometry = plan(record.width, record.height, self.preprocess.size, "crop", crop)
-        return {
-            "image": render(record.picture, geometry, fast=True),
-            "tokens": self.tokenize(record.captions[which]),
-            "image_id": record.row,
-            "caption_id": record.caption_rows[which],
-        }
+    def _pair(self, epoch: int, row: int, copy: int) -> dict[str, Any]:
+        if self.watch:
+            self.watch.note(row)
+        pair = training_pair(
+            self.source.read(row),
+            self.preprocess,
+            self.tokenize,
+            self.crop_scale,
+            lambda purpose: draw(self.seed, epoch, row, purpose, copy),
+        )
+        if self.watch:
+            self.watch.note(-1)
+        return pair
+
+    def watched(self, readers: int, timeout: float) -> tuple[TrainRows, Watch]:
+        """These rows, noting what they read, and the watch over them."""
+        rows = copying.copy(self)
+        source = self.source
+        rows.watch = Watch(
+            readers, timeout, lambda row: f"{source.keys[row]} of {source.where(row)}"
+        )
+        return rows, rows.watch
+
+
+def cause_of(error: Exception) -> str:
+    """The name under which an unreadable picture is counted."""
+    return type(error.__cause__ or error).__name__
 
 
 def collate(pairs: Sequence[dict[str, Any]]) -> tuple[Batch, Counter[str]]:
@@ -128,44 +177,52 @@ def collate(pairs: Sequence[dict[str, Any]]) -> tuple[Batch, Counter[str]]:
 
 
 class StepSampler:
-    """This rank's slice of every global batch from `start` on, as (epoch, row) pairs.
+    """This rank's slice of every global batch of the run from step `start` to step `total`.
 
-    The rows of a step depend on the global batch alone; rank and worker only slice them.
+    The rows of a step depend on the global batch alone; rank and worker only slice them. The first
+    step costs the same wherever it lies.
+
+    Args:
+        start, total: optimizer steps of the whole run, over all its epochs.
+        rows: pairs of this rank in a step.
     """
 
-    def __init__(self, order: Order, epoch: int, start: int, rows: int, rank: int, ranks: int):
-        self.order, self.epoch, self.start = order, epoch, start
+    def __init__(self, order: Order, start: int, total: int, rows: int, rank: int, ranks: int):
+        self.order, self.start, self.total = order, start, total
         self.rows, self.rank, self.ranks = rows, rank, ranks
 
     def __len__(self) -> int:
-        return self.order.steps_per_epoch(self.rows * self.ranks) - self.start
+        return self.total - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.start + len(self)):
-            rows = self.order.rows(self.epoch, step, self.rows * self.ranks)
-            yield [
-                (self.epoch, int(r))
-                for r in rows[self.rank * self.rows : (self.rank + 1) * self.rows]
-            ]
+    def __iter__(self) -> Iterator[list[DrawKey]]:
+        whole = self.rows * self.ranks
+        mine = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+        for step in range(self.start, self.total):
+            epoch, local = divmod(step, self.order.steps_per_epoch(whole))
+            rows, copies = self.order.rows(epoch, local, whole)
+            yield [(epoch, r, c) for r, c in zip(rows[mine].tolist(), copies[mine].tolist())]
 
 
 def train_batches(
-    rows: TrainRows, sampler: StepSampler, workers: int, pin: bool
+    rows: TrainRows, sampler: StepSampler, workers: int, pin: bool, timeout: float
 ) -> Iterator[tuple[Batch, Counter[str]]]:
-    """The rest of one epoch for this rank."""
+    """The rest of the run for this rank: one set of readers, which read ahead across epochs.
+
+    Raises:
+        UserError: naming reader and file, if no batch comes within `timeout` seconds, or a reader
+            dies.
+    """
+    rows, watch = rows.watched(workers, timeout)
     loader: DataLoader[Any] = DataLoader(
         rows,
         batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=_one_thread if workers else None,
+        timeout=timeout if workers else 0,
+        worker_init_fn=begin_reader if workers else None,
     )
-    return iter(loader)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+    return watch.over(start_readers(loader))
 
 
 class EvalRows(Dataset[tuple[np.ndarray, Record]]):
@@ -180,12 +237,13 @@ class EvalRows(Dataset[tuple[np.ndarray, Record]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Record]:
-        record = self.source.read(self.rows[index])
+        row = self.rows[index]
         try:
+            record = self.source.read(row)
             return render(record.picture, self.preprocess.geometry(record)), record
-        except BadPicture as error:
+        except (BadPicture, OSError) as error:
             raise UserError(
-                f"{self.source.name}: picture {record.key} can't be read: {error}"
+                f"{self.source.name}: picture {self.source.keys[row]} can't be read: {error}"
             ) from None
 
 

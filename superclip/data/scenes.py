@@ -194,6 +194,9 @@ class Scenes:
             clutter=_boxes(scene.clutter),
         )
 
+    def where(self, row: int) -> str:
+        return "the generator"
+
     def scene(self, index: int) -> Scene:
         """Scene `index`, with its graph; a pure function of (seed, split, index)."""
         if not 0 <= index < self.num_images:

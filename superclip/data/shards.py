@@ -4,6 +4,16 @@ A shard is a plain tar with a picture and its facts per sample: `KEY.jpg` and `K
 `write_shards` writes them, or `KEY.txt` (and `KEY.json`) as img2dataset and open_clip's users do.
 Beside `NAME.tar` lies `NAME.idx`: where every sample's bytes are, built on first use where it is
 missing or belongs to other bytes.
+
+What happens when a shard goes bad under a reader:
+
+- A read that fails (a flaky file system, a file deleted or out of reach) is tried again with
+  growing waits, the file opened anew each time; after that the picture is unreadable, which
+  training counts by cause and replaces. A file deleted or replaced while it is open is read on.
+- A file whose size or time of change is not what it was when its index was opened (rewritten, cut,
+  replaced) stops the run with a `UserError`: every read is checked, because bytes that happen to
+  decode would be another picture than the index says.
+- A sample whose facts or picture are broken, in a file that has not changed, is unreadable.
 """
 
 from __future__ import annotations
@@ -19,8 +29,9 @@ import re
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +40,7 @@ import numpy as np
 from superclip.data.batch import Boxes, Record
 from superclip.data.coco import HELD_OUT
 from superclip.data.geometry import BadPicture, picture_size
+from superclip.data.patience import WAITS, Patience
 from superclip.errors import UserError
 
 SCHEMA = 1
@@ -78,6 +90,10 @@ class ShardIndex:
             return ShardIndex(**{f.name: held[f.name] for f in fields(ShardIndex)})
 
 
+class BrokenFacts(BadPicture):
+    """A sample whose KEY.json or KEY.txt is not what it should be."""
+
+
 @dataclass(frozen=True)
 class _Facts:
     """What a sample says about its picture; img2dataset's size is not trusted, so None."""
@@ -93,6 +109,7 @@ class Shards:
 
     Args:
         pattern: paths with braces (`train-{000000..000003}.tar`), globs, or a comma list of them.
+        waits: seconds between the tries of a read that fails.
 
     Attributes:
         attrition: samples left out, by cause.
@@ -102,10 +119,12 @@ class Shards:
             broken facts, or a key occurs twice.
     """
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern: str, waits: tuple[float, ...] = WAITS):
         self._open: dict[int, int] = {}
+        self._patience = Patience(waits)
         self._paths = expand(pattern)
-        self._indices = [open_index(path) for path in self._paths]
+        self._seen = [_size_and_time(path.stat()) for path in self._paths]
+        self._indices = [self._patience(path, partial(open_index, path)) for path in self._paths]
         self.name = ",".join(Path(part).name for part in _comma_list(pattern))
         self.shard_sizes = tuple(len(index.keys) for index in self._indices)
         self._starts = np.cumsum([0, *self.shard_sizes])
@@ -123,6 +142,14 @@ class Shards:
         self.digest = content.hexdigest()
 
     @property
+    def files(self) -> dict[str, str]:
+        """Folder and name of every shard -> fingerprint."""
+        return {
+            f"{path.absolute().parent.name}/{path.name}": str(index.fingerprint)
+            for path, index in zip(self._paths, self._indices)
+        }
+
+    @property
     def keys(self) -> list[str]:
         return np.concatenate([index.keys for index in self._indices]).tolist()
 
@@ -130,44 +157,51 @@ class Shards:
         """One sample: one positioned read for its facts, one for its picture.
 
         Raises:
-            BadPicture: if the size is not among the facts and the picture's header is unreadable.
-            UserError: if the shard has changed since it was opened.
+            BadPicture: if the facts are broken, or lack a size that the picture's header can't
+                tell.
+            OSError: if the file can't be read.
+            UserError: if the file has changed since its index was opened.
         """
         if not 0 <= row < self.num_images:
             raise IndexError(f"row {row} of {self.num_images}")
-        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        index, local = self._indices[shard], row - int(self._starts[shard])
+        shard, local = self._place(row)
+        index, first = self._indices[shard], int(self._first_caption[row])
         document, text, picture = (
             self._bytes(shard, *column[local].tolist())
             for column in (index.facts, index.text, index.picture)
         )
-        key = str(index.keys[local])
-        where = f"{self._paths[shard]}: {key}"
-        facts = _parse(document, text, where)
-        try:
-            width, height = facts.size or picture_size(picture)
-        except BadPicture as error:
-            raise BadPicture(f"{where}: {error}") from error.__cause__
-        first = int(self._first_caption[row])
-        return Record(
-            row=row,
-            key=key,
-            width=width,
-            height=height,
-            picture=picture,
-            captions=facts.captions,
-            caption_rows=tuple(range(first, first + len(facts.captions))),
-            boxes=facts.boxes,
-            clutter=facts.clutter,
-        )
+        key, where = str(index.keys[local]), f"{self._paths[shard]}: {index.keys[local]}"
+        record = make_record(row, key, picture, document, text, first, where)
+        if len(record.captions) != index.captions[local]:
+            raise BrokenFacts(f"{where}: not as many captions as its index says")
+        return record
+
+    def where(self, row: int) -> str:
+        return str(self._paths[self._place(row)[0]])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Shard of a row, and its place in there."""
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return shard, row - int(self._starts[shard])
 
     def _bytes(self, shard: int, offset: int, length: int) -> bytes:
-        if not length:
-            return b""
-        data = os.pread(self._descriptor(shard), length, offset)
-        if len(data) != length:
-            raise UserError(f"{self._paths[shard]} has changed since it was opened; start again")
-        return data
+        path = self._paths[shard]
+
+        def read() -> bytes:
+            try:
+                descriptor = self._descriptor(shard)
+                data, now = os.pread(descriptor, length, offset), os.fstat(descriptor)
+            except OSError:
+                if shard in self._open:
+                    os.close(self._open.pop(shard))
+                raise
+            if _size_and_time(now) != self._seen[shard]:
+                raise UserError(f"{path} has changed since the run began to read it; start again")
+            if len(data) != length:
+                raise OSError(f"{path}: {len(data)} of {length} bytes came")
+            return data
+
+        return self._patience(path, read) if length else b""
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
@@ -179,9 +213,44 @@ class Shards:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": {}}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os may be gone by then
         for descriptor in self._open.values():
-            os.close(descriptor)
+            close(descriptor)
+
+
+def make_record(
+    row: int, key: str, picture: bytes, document: bytes, text: bytes, first_caption: int, where: str
+) -> Record:
+    """A record from the parts of a sample; the parts that are not there are empty.
+
+    Raises:
+        BadPicture: if the facts are broken, or lack a size that the picture's header can't tell.
+    """
+    facts = _parse(document, text, where)
+    try:
+        width, height = facts.size or picture_size(picture)
+    except BadPicture as error:
+        raise BadPicture(f"{where}: {error}") from error.__cause__
+    return Record(
+        row=row,
+        key=key,
+        width=width,
+        height=height,
+        picture=picture,
+        captions=facts.captions,
+        caption_rows=tuple(range(first_caption, first_caption + len(facts.captions))),
+        boxes=facts.boxes,
+        clutter=facts.clutter,
+    )
+
+
+def _size_and_time(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_size, facts.st_mtime_ns
+
+
+def is_stream(spec: str) -> bool:
+    """Whether data, or a part of it, can only be read from the front."""
+    return any(re.match(r"pipe:|\w+://", part) for part in spec.split("::"))
 
 
 def expand(pattern: str) -> list[Path]:
@@ -194,10 +263,10 @@ def expand(pattern: str) -> list[Path]:
 
     paths: list[Path] = []
     for part in _comma_list(pattern):
-        if re.match(r"pipe:|\w+://", part):
+        if is_stream(part):
             raise UserError(
-                f"{part!r} is a stream; shards are read at random, so download them first and name "
-                "the local tar files"
+                f"{part!r} is a stream, which can only be trained on; here shards are read at "
+                "random: download them first and name the local tar files"
             )
         try:
             names = list(braceexpand(os.path.expanduser(part)))
@@ -374,8 +443,8 @@ def _parse(document: bytes, text: bytes, where: str) -> _Facts:
             return _Facts(tuple(held["captions"]), size, boxes, clutter)
         caption = plain or str(held.get("caption") or "")
         return _Facts((caption,) if caption.strip() else ())
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{where}: broken facts ({error}); pack this shard again") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise BrokenFacts(f"{where}: broken facts ({error}); pack this shard again") from None
 
 
 def _read_boxes(held: dict[str, Any] | None) -> Boxes:

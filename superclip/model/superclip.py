@@ -83,23 +83,34 @@ class SuperCLIP(nn.Module):
         """Unit vectors of texts."""
         return F.normalize(self.clip.encode_text(tokens), dim=-1)
 
+    def compile_towers(self, backend: str = "inductor") -> None:
+        """Compile both towers for `forward`, each as one graph; a graph break is an error."""
+        self._see = torch.compile(self._see, fullgraph=True, backend=backend)
+        self._read = torch.compile(self._read, fullgraph=True, backend=backend)
+
     def forward(self, images: UInt8[Tensor, "b 3 s s"], tokens: Int[Tensor, "b l"]) -> ClipOutput:
-        pixels, head = self.normalise(images), self.token_head
-        hidden = None
-        if head is not None and head.source == "patches":
-            out = self.clip.visual.forward_intermediates(
-                pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
-            )
-            features = out["image_features"]
-            hidden = out["image_intermediates"][-1].mean(1)
-        else:
-            features = self.clip.encode_image(pixels)
-            hidden = features if head is not None else None
+        features, hidden = self._see(images)
+        head = self.token_head
         return ClipOutput(
-            F.normalize(features, dim=-1),
-            self.encode_text(tokens),
+            features,
+            self._read(tokens),
             self.clip.logit_scale.exp(),
             None if head is None else head.norm(hidden),
             None if head is None else head.linear.weight,
             None if head is None else head.linear.bias,
         )
+
+    def _see(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Unit vectors of pictures, and what the token head reads."""
+        pixels, head = self.normalise(images), self.token_head
+        if head is None or head.source == "pooled":
+            features = self.clip.encode_image(pixels)
+            return F.normalize(features, dim=-1), None if head is None else features
+        out = self.clip.visual.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
+        patches = out["image_intermediates"][-1]
+        return F.normalize(out["image_features"], dim=-1), patches.mean(1)
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        return self.encode_text(tokens)

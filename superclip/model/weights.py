@@ -11,6 +11,8 @@ import hashlib
 import json
 import pickle
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ def read_tensors(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    if (damage := damage_of(path)) is not None:
+        raise UserError(f"{path} is not a readable checkpoint: {damage}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -46,6 +50,23 @@ def read_tensors(path: Path) -> Any:
         raise UserError(
             f"{path} is not a readable checkpoint (cut short, or another format): {first[:160]}"
         ) from None
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint's container; None if every part matches its checksum.
+
+    torch writes zip archives with a CRC-32 for each part but does not look at it when reading.
+    Files in the format before (no zip) have none.
+    """
+    with path.open("rb") as file:
+        if file.read(2) == b"\x80\x02":
+            return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        return f"it is cut short, damaged, or no checkpoint ({error})"
+    return None if part is None else f"its part {part} does not match its checksum"
 
 
 @dataclass(frozen=True)

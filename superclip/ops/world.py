@@ -1,18 +1,33 @@
-"""The process group, seen as one small value. The only file that calls `torch.distributed`
-collectives."""
+"""The process group, seen as one small value. The only file that calls `torch.distributed`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from superclip.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = 5.0
+"""Seconds in which living processes answer a roll call."""
+
+
+class PeerLost(UserError):
+    """Another process, or the way to it, is gone."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +38,14 @@ class World:
         rank, size: position and number of processes.
         local_rank: position on this machine, which chooses the GPU.
         device: where this process computes.
+        store: where processes leave notes for one another (host names, causes of failure).
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    store: Store | None = None
 
     @staticmethod
     def from_env(device: str = "auto", timeout_minutes: float = 30.0) -> World:
@@ -37,30 +54,64 @@ class World:
 
         Raises:
             UserError: if CUDA is asked for and absent.
+            PeerLost: if the others do not come.
         """
         env = os.environ
-        torchrun = "WORLD_SIZE" in env and "RANK" in env
-        size = int(env["WORLD_SIZE"] if torchrun else env.get("SLURM_NTASKS", 1))
-        if not torchrun and size > 1 and "SLURM_PROCID" not in env:
-            size = 1  # an interactive allocation: tasks are allowed, none was started
-        rank = int(env["RANK"] if torchrun else env.get("SLURM_PROCID", 0)) if size > 1 else 0
-        local_rank = (
-            int(env.get("LOCAL_RANK" if torchrun else "SLURM_LOCALID", 0)) if size > 1 else 0
+        if not ("WORLD_SIZE" in env and "RANK" in env):
+            _adopt_slurm(env)
+        rank, size, local_rank = (
+            int(env.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         target = choose_device(device, local_rank)
         if target.type == "cuda":
             torch.cuda.set_device(target)
-        if size > 1:
-            if not torchrun and "MASTER_ADDR" not in env:
-                raise UserError(
-                    "several SLURM tasks, but MASTER_ADDR and MASTER_PORT are not set; use "
-                    "torchrun or export them"
-                )
-            backend = "nccl" if target.type == "cuda" else "gloo"
+        if size == 1:
+            return World(device=target)
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
+        try:
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
             dist.init_process_group(
-                backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes)
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
             )
-        return World(rank, size, local_rank, target)
+        except (RuntimeError, ValueError) as error:
+            raise PeerLost(
+                f"the {size} processes did not find one another at {env.get('MASTER_ADDR')}:"
+                f"{env.get('MASTER_PORT')} ({_first_line(error)})"
+            ) from None
+        notes = PrefixStore(f"superclip-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        notes.set(f"host/{rank}", socket.gethostname())
+        return World(rank, size, local_rank, target, notes)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def joined(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
+        """`from_env` for as long as the block runs; whatever ends a rank is told to the others.
+
+        Raises:
+            UserError: for a rank's own mistake, with its name before it; or for lost peers, with
+                what is known of them.
+        """
+        world = World.from_env(device, timeout_minutes)
+        if world.size == 1:
+            yield world
+            return
+        me = f"rank {world.rank} of {world.size} on {socket.gethostname()}"
+        try:
+            yield world
+        except PeerLost as error:
+            raise UserError(
+                f"{me} lost its peers: {world.roll_call()} ({error}); the same command goes on "
+                "from the last checkpoint"
+            ) from None
+        except (UserError, OSError) as error:
+            world.leave_note(describe(error))
+            raise UserError(f"{me}: {describe(error)}") from None
+        except BaseException as error:
+            world.leave_note(f"{type(error).__name__}: {_first_line(error)}")
+            raise
+        world.close()
 
     @property
     def is_main(self) -> bool:
@@ -72,18 +123,128 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            self._call(dist.barrier)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; exact for integers."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            self._call(dist.all_reduce, tensor)
         return tensor
+
+    def sum_later(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to sum over ranks, in place; calling the result waits for the end of it."""
+        work = self._call(dist.all_reduce, tensor, async_op=True)
+        return lambda: self._call(work.wait)
 
     def gather(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
         """Rows of every rank in rank order; differentiable with the exact gradient (losses.md
         10.4)."""
         return _Gather.apply(features, self) if self.size > 1 else features  # pyright: ignore[reportReturnType]
+
+    def exchange(self, numbers: Float64[Tensor, " n"]) -> Float64[Tensor, "k n"]:
+        """The same few numbers of every rank, on the CPU: row r is rank r's."""
+        if self.size == 1:
+            return numbers[None]
+        out = torch.empty(self.size * len(numbers), dtype=torch.float64)
+        self._call(dist.all_gather_into_tensor, out, numbers)
+        return out.view(self.size, -1)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """A small plain value of every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            self._call(dist.all_gather_object, values, value)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do something on the main rank alone; every rank gets its (small, plain) result or its
+        `UserError`."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except (UserError, OSError) as error:
+                outcome[1] = describe(error)
+        if self.size > 1:
+            self._call(dist.broadcast_object_list, outcome, 0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def leave_note(self, cause: str) -> None:
+        """Tell the other ranks why this one ends."""
+        if self.store is not None:
+            self.store.set(f"failed/{self.rank}", cause)
+
+    def roll_call(self) -> str:
+        """Which ranks failed, and why, or do not answer; for the last words of those that live."""
+        store = self.store
+        assert store is not None
+        try:
+            store.set_timeout(timedelta(seconds=PATIENCE))
+            store.set(f"alive/{self.rank}", "")
+            end = time.monotonic() + PATIENCE
+            others = set(range(self.size)) - {self.rank}
+            while others and time.monotonic() < end:
+                others = {r for r in others if not store.check([f"alive/{r}"])}
+                if any(store.check([f"failed/{r}"]) for r in others):
+                    break
+                time.sleep(0.1)
+            told = []
+            for r in sorted(others):
+                host = store.get(f"host/{r}").decode()
+                failed = store.check([f"failed/{r}"])
+                cause = store.get(f"failed/{r}").decode() if failed else "does not answer"
+                told.append(f"rank {r} on {host}: {cause}")
+            return "; ".join(told) or "every rank still answers"
+        except (RuntimeError, ValueError):
+            return "the host of rank 0 does not answer"
+
+    def _call(self, collective: Callable[..., T], *args: Any, **options: Any) -> T:
+        try:
+            return collective(*args, **options)
+        except RuntimeError as error:
+            raise PeerLost(_first_line(error)) from None
+
+
+def describe(error: Exception) -> str:
+    """One line for a mistake or a failed file operation."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
+    return str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _adopt_slurm(env: Any) -> None:
+    """Spell SLURM's variables as torchrun does; a job that started no tasks stands alone."""
+    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))  # unlike SLURM_NTASKS, set by srun alone
+    if size == 1:
+        return
+    env |= {
+        "WORLD_SIZE": str(size),
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+    }
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if "MASTER_ADDR" not in env and nodes:
+        env["MASTER_ADDR"] = first_host(nodes)
+    if "MASTER_ADDR" not in env:
+        raise UserError("several SLURM tasks, but no MASTER_ADDR and no list of nodes; export it")
+    env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", 0)) % 20_000))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list.
+
+    >>> first_host("gpu[003-005,9],cpu1"), first_host("a-1,b")
+    ('gpu003', 'a-1')
+    """
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^]]*\]([^,]*))?", nodes)
+    assert match is not None, nodes
+    return match[1] + (match[2] or "") + (match[3] or "")
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
@@ -100,6 +261,11 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: {torch.cuda.device_count()} CUDA device(s) are visible; start as "
+            "many processes a node as it has GPUs"
+        )
     return target
 
 
@@ -110,12 +276,11 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, features: Tensor, world: World) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.world, ctx.rows = world, features.shape[0]
         out = features.new_empty(world.size * features.shape[0], features.shape[1])
-        dist.all_gather_into_tensor(out, features.contiguous())
+        world._call(dist.all_gather_into_tensor, out, features.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
+        grad = ctx.world.sum(grad.contiguous())
         start = ctx.world.rank * ctx.rows
         return grad[start : start + ctx.rows], None

@@ -8,22 +8,21 @@ import json
 import os
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from superclip.config import SuperClipOptions, TrainConfig, differences, to_dict, train_config
 from superclip.data.batch import Source
 from superclip.data.loader import Tokenize, TrainRows, limited, tokenizer_for
 from superclip.data.order import Order
 from superclip.data.scenes import caption_vocabulary
-from superclip.data.sources import held_out_spec, open_source
+from superclip.data.shards import is_stream
+from superclip.data.sources import contents, held_out_spec, open_source, shard_weights
+from superclip.data.stream import Stream
 from superclip.errors import UserError
 from superclip.losses import LOSSES, LossContext, build_loss
 from superclip.model.factory import (
@@ -36,17 +35,34 @@ from superclip.model.factory import (
     tokenizer,
 )
 from superclip.model.superclip import SuperCLIP, TokenHead
-from superclip.model.weights import state_sha256
+from superclip.model.weights import damage_of, state_sha256
+from superclip.ops.reducer import GradientReducer
 from superclip.ops.world import World
 from superclip.training.evaluators import Encoder, Evaluator, Retrieval
 from superclip.training.optim import adamw, concrete_precision
+from superclip.training.preemption import StopRequest
 from superclip.training.state import Plan, Run, TrainState
 from superclip.training.tracking import Tracker, open_mirror
+from superclip.training.utilization import flops
 
 SCENES_POOL = 500
 
 
-def claim_directory(config: TrainConfig[Any], world: World) -> bool:
+def settled(config: TrainConfig[Any], world: World) -> TrainConfig[Any]:
+    """The configuration with `auto` precision and the global batch size filled in.
+
+    Raises:
+        UserError: if the global batch can't be dealt to this many processes.
+    """
+    whole, _, _ = config.optim.dealt(world.size)
+    return dataclasses.replace(
+        config,
+        precision=concrete_precision(config.precision, world.device),
+        optim=dataclasses.replace(config.optim, global_batch_size=whole),
+    )
+
+
+def claim_directory(config: TrainConfig[Any]) -> bool:
     """Make `--out` this run's own; True if the run in it is already finished.
 
     Raises:
@@ -60,18 +76,23 @@ def claim_directory(config: TrainConfig[Any], world: World) -> bool:
         if config.overwrite:
             return False  # the old run goes once the new one is known to be buildable
         try:
-            old = train_config(json.loads(record.read_text())["config"], str(record))
+            held = json.loads(record.read_text())
+            old = train_config(held["config"], str(record))
+            whole, _, _ = old.optim.dealt(held["world_size"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{record} can't be read ({error}); use another --out or --overwrite"
             ) from None
-        found = differences(old, config)
+        optim = dataclasses.replace(old.optim, global_batch_size=whole)
+        found = differences(dataclasses.replace(old, optim=optim), config)
         if found:
+            keep = f"; --global-batch-size {whole} keeps it" if "global_batch" in found[0] else ""
             raise UserError(
-                f"{out} holds another run ({'; '.join(found[:3])}); use another --out, or "
+                f"{out} holds another run ({'; '.join(found[:3])}){keep}; use another --out, or "
                 "--overwrite to delete it"
             )
-        return zipfile.is_zipfile(out / "final_epoch.pt")
+        final = out / "final_epoch.pt"
+        return final.exists() and damage_of(final) is None
     strangers = [p.name for pattern in ("*.pt", "metrics.jsonl") for p in out.glob(pattern)]
     if strangers:
         raise UserError(f"{out} holds {strangers[0]} but no run.json; use another --out")
@@ -89,6 +110,8 @@ def _lock(out: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is training in {out}; use another --out") from None
+    except OSError as error:
+        print(f"warning: {out} can't be locked ({error.strerror}): let no other run write there")
 
 
 def _remove_run(out: Path) -> None:
@@ -105,31 +128,23 @@ def _remove_run(out: Path) -> None:
     shutil.rmtree(out / "sweep", ignore_errors=True)
 
 
-def build_run(config: TrainConfig[Any], world: World, argv: list[str]) -> tuple[Run, TrainState]:
+def build_run(
+    config: TrainConfig[Any], world: World, argv: list[str], stop: StopRequest | None = None
+) -> tuple[Run, TrainState]:
     """Data, model, loss and optimizer of a run; also writes `run.json` on the main rank.
 
     Raises:
         UserError: for anything in the configuration that the data or the model can't meet.
     """
-    precision = concrete_precision(config.precision, world.device)
-    config = dataclasses.replace(config, precision=precision)
-    source = open_source(
-        config.data.train_data, config.data.train_num_samples, config.data.data_seed
-    )
-    order = Order(
-        limited(source.shard_sizes, config.data.train_num_samples, source.name), config.seed
-    )
-    global_batch = config.optim.batch_size * config.optim.accum_freq * world.size
-    plan = Plan(
-        order.steps_per_epoch(global_batch),
-        config.epochs,
-        config.log_every,
-        config.save_every,
-        config.save_frequency,
-    )
+    config = settled(config, world)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    data = config.data
+    source, order = _training_data(config)
     architecture = model_config(config.model.model)
     clip, tag = _initial_clip(config, architecture)
-    preprocess = preprocess_for(architecture, config.data.resize, tag)
+    preprocess = preprocess_for(architecture, data.resize, tag)
     bpe = tokenizer(architecture)
     tokenize = tokenizer_for(bpe)
     vocabulary = architecture["text_cfg"].get("vocab_size", 49408)
@@ -146,56 +161,110 @@ def build_run(config: TrainConfig[Any], world: World, argv: list[str]) -> tuple[
         },
         "world_size": world.size,
         "threads": torch.get_num_threads(),
+        "device": _device_name(world.device),
+        "compile": config.model.compile,
     }
+    _refuse_disagreement(world, facts)
     model = SuperCLIP(clip, preprocess.mean, preprocess.std, head).to(world.device)
     if config.model.grad_checkpointing:
         clip.set_grad_checkpointing()
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    forward: nn.Module = (
-        DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
-        if world.size > 1
-        else model
-    )
+    if config.model.compile:
+        model.compile_towers()
     state = TrainState(
         model,
-        forward,
         build_loss(config.loss, config.options, context).to(world.device),
         adamw(model, config.optim, config.lr),
-        torch.amp.GradScaler(world.device.type, enabled=precision == "amp"),
+        torch.amp.GradScaler(world.device.type, enabled=config.precision == "amp"),
+        GradientReducer(model.parameters(), world),
     )
-    evaluators = _evaluators(config, preprocess, tokenize, world, precision)
-    directory = config.out
-    rows = TrainRows(source, preprocess, tokenize, config.seed, config.data.crop_scale)
     run = Run(
         config,
         world,
-        precision,
-        plan,
+        config.precision,
+        _plan(config, order, world),
         order,
-        rows,
+        TrainRows(  # of a stream, whose rows nobody can read, it carries the parts alone
+            cast(Source, source),
+            preprocess,
+            tokenize,
+            config.seed,
+            data.crop_scale,
+            data.train_num_samples,
+        ),
         preprocess,
         architecture,
         facts,
-        directory,
+        config.out,
         Tracker(None),
-        evaluators,
+        _evaluators(config, preprocess, tokenize, world),
+        stop or StopRequest(),
     )
-    if world.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        _lock(directory)
-        if config.overwrite:
-            _remove_run(directory)
-        _write_record(run, argv)
-    world.barrier()
+    world.on_main(lambda: _move_in(run, argv))
     return run, state
+
+
+def _training_data(config: TrainConfig[Any]) -> tuple[Source | Stream, Order]:
+    data, num = config.data, config.data.train_num_samples
+    if is_stream(data.train_data):
+        stream = Stream(data.train_data, num)
+        return stream, Order((stream.num_images,), config.seed)
+    source = open_source(data.train_data, num, data.data_seed)
+    sizes = limited(source.shard_sizes, num, source.name)
+    return source, Order(sizes, config.seed, weights=shard_weights(source, data.train_data_weights))
+
+
+def _plan(config: TrainConfig[Any], order: Order, world: World) -> Plan:
+    whole, micro, accum = config.optim.dealt(world.size)
+    return Plan(
+        order.steps_per_epoch(whole),
+        config.epochs,
+        whole,
+        micro,
+        accum,
+        config.log_every,
+        config.save_every,
+        config.save_frequency,
+        config.log_grad_share,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _refuse_disagreement(world: World, facts: dict[str, Any]) -> None:
+    """Every rank must have found the same data and the same initial weights.
+
+    Raises:
+        UserError: naming the ranks that differ from the first.
+    """
+    for name in ("data_sha256", "init_sha256", "versions"):
+        found = world.gather_objects(facts[name])
+        if odd := [r for r, value in enumerate(found) if value != found[0]]:
+            raise UserError(
+                f"rank(s) {', '.join(map(str, odd))} have another {name} than rank 0; give every "
+                "node the same data, weights and packages"
+            )
+
+
+def _move_in(run: Run, argv: list[str]) -> None:
+    run.directory.mkdir(parents=True, exist_ok=True)
+    _lock(run.directory)
+    if run.config.overwrite:
+        _remove_run(run.directory)
+    _write_record(run, argv)
 
 
 def open_tracker(run: Run, state: TrainState) -> Run:
     """The run with its record opened at the state's step."""
     if not run.world.is_main:
         return run
-    mirror = open_mirror(run.config.report_to, run.directory, to_dict(run.config))
-    tracker = Tracker(run.directory / "metrics.jsonl", state.step, mirror)
+    mirrors = [
+        open_mirror(kind, run.directory, to_dict(run.config), state.step)
+        for kind in run.config.trackers
+    ]
+    path = run.directory / "metrics.jsonl"
+    tracker = Tracker(path, state.step, mirrors, flops(run, state.model))
     return dataclasses.replace(run, tracker=tracker)
 
 
@@ -213,7 +282,7 @@ def _token_head(
     clip: Any,
     architecture: dict[str, Any],
     vocabulary: int,
-    source: Source,
+    source: Source | Stream,
     num: int,
     tokenize: Tokenize,
 ) -> TokenHead | None:
@@ -234,7 +303,11 @@ def _token_head(
         if options.head_input == "patches"
         else architecture["embed_dim"]
     )
-    ids = seen_ids(source, num, tokenize) if options.head_vocab == "seen" else None
+    ids = None
+    if options.head_vocab == "seen":
+        if isinstance(source, Stream):
+            raise UserError("--head-vocab seen: a stream's captions aren't known; use full")
+        ids = seen_ids(source, num, tokenize)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return TokenHead(width, vocabulary, options.head_input, ids)
@@ -255,7 +328,7 @@ def _vocab_ids(head: TokenHead) -> torch.Tensor | None:
     return ids
 
 
-def _evaluators(config, preprocess, tokenize, world: World, precision) -> tuple[Evaluator, ...]:
+def _evaluators(config, preprocess, tokenize, world: World) -> tuple[Evaluator, ...]:
     """Retrieval on the held-out data, where the run knows any."""
     spec = config.data.val_data
     if spec is None:
@@ -266,14 +339,19 @@ def _evaluators(config, preprocess, tokenize, world: World, precision) -> tuple[
                 print(f"no evaluation during training: {error}", flush=True)
             return ()
     source = open_source(spec, seed=config.data.data_seed, held_out=True)
-    encoder = Encoder(preprocess, tokenize, world.device, precision, workers=config.data.workers)
+    encoder = Encoder(
+        preprocess, tokenize, world.device, config.precision, workers=config.data.workers
+    )
     return (Retrieval("val", source, encoder, SCENES_POOL if source.name == "scenes" else None),)
 
 
 def _write_record(run: Run, argv: list[str]) -> None:
+    source = run.rows.source
+    shards = {} if isinstance(source, Stream) else contents(source)
     record = {
         "command": argv,
         "config": to_dict(run.config),
+        "data": shards,
         "steps_per_epoch": run.plan.steps_per_epoch,
         "total_steps": run.plan.total_steps,
         **run.facts,
@@ -281,14 +359,36 @@ def _write_record(run: Run, argv: list[str]) -> None:
     path = run.directory / "run.json"
     if path.exists():
         old = json.loads(path.read_text())
-        for name in ("world_size", "threads", "versions"):
-            if old.get(name) != record[name]:
+        for name in ("world_size", "threads", "versions", "device", "compile"):
+            if name in old and old[name] != record[name]:
                 print(
                     f"warning: {name} was {old.get(name)}, is {record[name]}: not bit-equal to an "
                     "undisturbed run"
                 )
         record["command"] = old["command"]
-    path.write_text(json.dumps(record, indent=1) + "\n")
+        _refuse_other_data(old.get("data", {}), shards, run.directory)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _refuse_other_data(old: dict[str, str], new: dict[str, str], out: Path) -> None:
+    """Raises:
+    UserError: if the files of the training data are not those that the run began with.
+    """
+    if not old or list(old.items()) == list(new.items()):
+        return
+    gone, added = [n for n in old if n not in new], [n for n in new if n not in old]
+    changed = [n for n in old if n in new and old[n] != new[n]]
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", gone), ("new", added), ("changed", changed))
+        if names
+    ]
+    raise UserError(
+        f"the training data is not what {out} began with: {', '.join(told) or 'another order'}; "
+        "bring it back, or use another --out"
+    )
 
 
 def commit() -> str:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from superclip.config import Precision
 from superclip.data.batch import Record, Source
 from superclip.data.loader import EvalRows, Preprocess, Tokenize
+from superclip.data.patience import begin_reader, start_readers
 from superclip.errors import UserError
 from superclip.model.superclip import SuperCLIP
 from superclip.ops.retrieval import (
@@ -86,12 +87,15 @@ class Encoder:
             EvalRows(source, self.preprocess, rows),
             self.batch_size,
             num_workers=self.workers,
+            worker_init_fn=begin_reader if self.workers else None,
             collate_fn=lambda items: (
                 torch.from_numpy(np.stack([i[0] for i in items])),
                 [i[1] for i in items],
             ),
         )
-        for images, records in tqdm(loader, desc="pictures", unit="batch", disable=None):
+        for images, records in tqdm(
+            start_readers(loader), "pictures", len(loader), unit="batch", disable=None
+        ):
             yield images.to(self.device), records
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -10,54 +9,98 @@ import torch
 
 from superclip.data.batch import Batch
 from superclip.data.loader import StepSampler, train_batches
-from superclip.errors import UserError
-from superclip.losses import Terms
-from superclip.ops.world import World
+from superclip.data.stream import Stream, stream_batches
 from superclip.training.checkpoint import save_checkpoint
+from superclip.training.consensus import Consensus
 from superclip.training.evaluators import run_evaluators
+from superclip.training.nonfinite import handle_nonfinite
+from superclip.training.preemption import Stopped
 from superclip.training.state import Run, TrainState
 from superclip.training.step import train_step
 
+Batches = Iterable[tuple[Batch, Counter[str]]]
 
-def fit(run: Run, state: TrainState, batches: Iterable[Batch]) -> None:
-    """Train on `batches`, one optimizer step each, logging, saving and evaluating as planned."""
-    for batch in run.tracker.progress(batches, state.step, run.plan.total_steps):
-        terms = train_step(state, batch.to(run.world.device), run)
+
+def fit(run: Run, state: TrainState, batches: Batches) -> bool:
+    """Train on `batches`, one optimizer step each; False if it was asked to stop before the end."""
+    if run.plan.evaluates_at(state.step) and not evaluate(run, state):  # a resumed run may owe it
+        return False
+    consensus = Consensus(run)
+    for batch, causes in run.tracker.watch(batches, state.step, run.plan):
+        terms = train_step(state, batch, run)
+        news = consensus.reach(state, terms, causes)
+        if news.broken_ranks or not state.finite:
+            handle_nonfinite(run, state, batch, news)
+        run.tracker.stepped(news.terms)
         if run.plan.logs_at(state.step):
-            run.tracker.log(
-                state.step, mean_over_ranks(terms, run.world, state.step) | state.gauges()
-            )
-        if run.plan.saves_at(state.step):
+            run.tracker.log(state.step, news.terms | state.gauges() | run.tracker.pace())
+        if run.plan.saves_at(state.step) or news.save or news.stop:
             save_checkpoint(run, state)
-        if run.plan.evaluates_at(state.step) and run.world.is_main:
-            run.tracker.log(state.step, dict(run_evaluators(run.evaluators, state.model)))
+        if news.stop or (run.plan.evaluates_at(state.step) and not evaluate(run, state)):
+            return False
+    return True
 
 
-def remaining_batches(run: Run, state: TrainState) -> Iterator[Batch]:
-    """Every batch from the state's step to the end of the run; unreadable pictures are counted in
-    the state."""
-    per_step = run.config.optim.batch_size * run.config.optim.accum_freq
-    per_epoch = run.plan.steps_per_epoch
-    for epoch in range(state.step // per_epoch, run.plan.epochs):
-        start = state.step % per_epoch if epoch == state.step // per_epoch else 0
-        sampler = StepSampler(run.order, epoch, start, per_step, run.world.rank, run.world.size)
-        pin = run.world.device.type == "cuda"
-        for batch, causes in train_batches(run.rows, sampler, run.config.data.workers, pin):
-            state.substituted += Counter(causes)
-            yield batch
+def evaluate(run: Run, state: TrainState) -> bool:
+    """Log all evaluators' metrics of this step, unless they are in the record; the main rank
+    measures.
 
-
-def mean_over_ranks(terms: Terms, world: World, step: int) -> dict[str, float]:
-    """Plain floats, averaged over ranks, and their sum as `loss`.
-
-    Raises:
-        UserError: if the loss is not finite.
+    False if it was asked to stop meanwhile; the run then makes up for it when it goes on.
     """
-    values = world.sum(torch.stack([value.double() for value in terms.values()])) / world.size
-    metrics = dict(zip(terms, values.tolist()))
-    metrics["loss"] = sum(metrics.values())
-    if not math.isfinite(metrics["loss"]):
-        raise UserError(
-            f"the loss is {metrics['loss']} at step {step}; lower --lr or use --precision fp32"
-        )
-    return metrics
+
+    def measure() -> bool:
+        if run.tracker.has_evaluation(state.step):
+            return True
+        try:
+            with run.stop.interrupts():
+                metrics = dict(run_evaluators(run.evaluators, state.model))
+        except Stopped:
+            return False
+        run.tracker.log(state.step, metrics)
+        return True
+
+    done = not run.evaluators or run.world.on_main(measure)
+    if not done and not run.plan.saves_at(state.step):
+        save_checkpoint(run, state)
+    return done
+
+
+def remaining_batches(run: Run, state: TrainState) -> Iterator[tuple[Batch, Counter[str]]]:
+    """Every batch from the state's step to the end of the run, with the causes for which pictures
+    in it were replaced."""
+    plan, world, data, rows = run.plan, run.world, run.config.data, run.rows
+    mine = plan.micro_batch * plan.accum_freq, world.rank, world.size
+    reading = data.workers, world.device.type == "cuda", data.reader_timeout
+    if isinstance(rows.source, Stream):
+        how = rows.preprocess, rows.tokenize, rows.seed, rows.crop_scale
+        batches = stream_batches(rows.source, *how, *mine, state.step, plan.total_steps, *reading)
+    else:
+        sampler = StepSampler(run.order, state.step, plan.total_steps, *mine)
+        batches = train_batches(rows, sampler, *reading)
+    return on_device(batches, world.device)
+
+
+def on_device(
+    batches: Iterator[tuple[Batch, Counter[str]]], device: torch.device
+) -> Iterator[tuple[Batch, Counter[str]]]:
+    """Batches on the device; on CUDA the next one is copied, on a stream of its own, while this one
+    computes."""
+    if device.type != "cuda":
+        for batch, causes in batches:
+            yield batch.to(device), causes
+        return
+    side = torch.cuda.Stream(device)
+
+    def fetch() -> tuple[Batch, Counter[str]] | None:
+        found = next(batches, None)
+        with torch.cuda.stream(side):
+            return None if found is None else (found[0].to(device), found[1])
+
+    ahead = fetch()
+    while ahead is not None:
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)
+        for tensor in vars(ahead[0]).values():
+            tensor.record_stream(main)
+        now, ahead = ahead, fetch()
+        yield now

@@ -1,4 +1,4 @@
-"""One optimizer step: the same path for one micro-batch and for many."""
+"""One optimizer step: the same path for one micro-batch and for many, one rank and many."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from superclip.data.batch import Batch
 from superclip.losses import Terms
 from superclip.model.output import ClipOutput
+from superclip.ops.phases import phase
 from superclip.training.optim import autocast
 from superclip.training.schedule import cosine
+from superclip.training.shares import TermGradients
 from superclip.training.state import Run, TrainState
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -25,47 +26,70 @@ def train_step(state: TrainState, batch: Batch, run: Run) -> Terms:
     Pair terms need all features at once, row terms do not. So features are computed first (without
     a graph if there are several micro-batches), the pair terms give the gradient at the features,
     and each micro-batch then carries its slice of it back (GradCache, Gao et al. 2021). Every
-    gradient, the scale's included, is that of the whole batch.
+    gradient, the scale's included, is that of the whole batch. A gradient that is not finite
+    changes no weight and clears `state.finite`.
     """
-    config, world = run.config.optim, run.world
-    _set_lr(state, run)
-    micros = batch.split(config.accum_freq)
-    state.loss.observe(batch, world)
-    several = len(micros) > 1
-    with torch.no_grad() if several else contextlib.nullcontext():
-        outs = [_forward(state.model if several else state.forward, micro, run) for micro in micros]
+    lr = cosine(state.step, run.config.lr, run.config.optim.warmup, run.plan.total_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    terms, shares = _gradients(state, batch, run)
+    with phase("optimizer"):
+        _update(state, run)
+    state.norms |= shares
+    return terms
 
-    image, text = (
-        torch.cat([getattr(out, name) for out in outs]).detach().requires_grad_()
-        for name in ("image_features", "text_features")
-    )
-    scale = outs[0].scale.detach().requires_grad_()
-    terms = state.loss.pair_terms(image, text, scale, batch, world)
-    state.scaler.scale(_total(terms)).backward()
-    assert image.grad is not None and text.grad is not None and scale.grad is not None
-    image_grads, text_grads = image.grad.chunk(len(micros)), text.grad.chunk(len(micros))
+
+def _gradients(state: TrainState, batch: Batch, run: Run) -> tuple[Terms, dict[str, Tensor]]:
+    """Leave the averaged (and scaled) gradient of this step in the parameters."""
+    world, scaled = run.world, state.scaler.scale
+    micros = batch.split(run.plan.accum_freq)
+    several = len(micros) > 1
+    measured = run.plan.shares_at(state.step + 1)
+    tower = TermGradients(state.model.clip.visual.parameters()) if measured else None
+
+    state.loss.observe(batch, world)
+    with phase("forward"), torch.no_grad() if several else contextlib.nullcontext():
+        outs = [_forward(state, micro, k, run) for k, micro in enumerate(micros)]
+    with phase("loss"):
+        image, text = (
+            torch.cat([getattr(out, name) for out in outs]).detach().requires_grad_()
+            for name in ("image_features", "text_features")
+        )
+        leaves = image, text, outs[0].scale.detach().requires_grad_()
+        terms = state.loss.pair_terms(*leaves, batch, world)
+        pair_grads = {
+            name: torch.autograd.grad(
+                scaled(term), leaves, retain_graph=True, materialize_grads=True
+            )
+            for name, term in (terms.items() if measured else ())
+        }
+        whole = torch.autograd.grad(scaled(_total(terms)), leaves)
 
     for k, micro in enumerate(micros):
         last = k == len(micros) - 1
-        with _synchronised(state.forward, last):
-            out = _forward(state.forward, micro, run) if several else outs[0]
-            with autocast(run.precision, world.device):
-                rows = state.loss.row_terms(out, micro)
-            tensors = [out.image_features, out.text_features, out.scale]
-            grads: list[Tensor | None] = [
-                image_grads[k],
-                text_grads[k],
-                scale.grad if last else torch.zeros_like(scale),
-            ]
-            if rows:
-                tensors.append(state.scaler.scale(_total(rows)) / len(micros))
-                grads.append(None)
-            torch.autograd.backward(tensors, grads)
+        with phase("forward"):
+            out = _forward(state, micro, k, run) if several else outs[0]
+        with phase("loss"), autocast(run.precision, world.device):
+            rows = state.loss.row_terms(out, micro)
+        rows = {name: value / len(micros) for name, value in rows.items()}
         for name, value in rows.items():
-            terms[name] = terms.get(name, 0) + value.detach() / len(micros)
-
-    _update(state, config.grad_clip_norm)
-    return {name: value.detach() for name, value in terms.items()}
+            terms[name] = terms.get(name, 0) + value.detach()
+        features = [out.image_features, out.text_features, out.scale]
+        if tower is not None:
+            for name, (at_image, *_) in pair_grads.items():
+                tower.add(name, features[:1], [at_image.chunk(len(micros))[k]])
+            for name, value in rows.items():
+                tower.add(name, [scaled(value)], [None])
+        grads: list[Tensor | None] = [g.chunk(len(micros))[k] for g in whole[:2]]
+        grads.append(whole[2] if last else torch.zeros_like(whole[2]))
+        if rows:
+            features.append(scaled(_total(rows)))
+            grads.append(None)
+        averaging = state.reducer.averaging() if last else contextlib.nullcontext()
+        with phase("backward"), averaging:
+            torch.autograd.backward(features, grads)
+    shares = {} if tower is None else tower.shares(world)
+    return {name: value.detach() for name, value in terms.items()}, shares
 
 
 def _total(terms: Terms) -> Tensor:
@@ -74,35 +98,44 @@ def _total(terms: Terms) -> Tensor:
     ).sum()
 
 
-def _forward(model: nn.Module, batch: Batch, run: Run) -> ClipOutput:
+def _forward(state: TrainState, batch: Batch, micro: int, run: Run) -> ClipOutput:
+    """Random numbers of the model, if it draws any, are counted like all others."""
+    place = run.world.rank * run.plan.accum_freq + micro
+    torch.manual_seed(((run.config.seed << 40) + (state.step << 16) + place) % 2**63)
     with autocast(run.precision, run.world.device):
-        return model(batch.images, batch.tokens)
+        return state.model(batch.images, batch.tokens)
 
 
-def _synchronised(forward: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """DDP reduces gradients with the last micro-batch only."""
-    if isinstance(forward, DistributedDataParallel) and not last:
-        return forward.no_sync()
-    return contextlib.nullcontext()
-
-
-def _set_lr(state: TrainState, run: Run) -> None:
-    lr = cosine(state.step, run.config.lr, run.config.optim.warmup, run.plan.total_steps)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _update(state: TrainState, clip_norm: float | None) -> None:
+def _update(state: TrainState, run: Run) -> None:
     """Clip (towers and token head each by themselves), step, clamp the scale to at most 100."""
     state.scaler.unscale_(state.optimizer)
-    parts = {"clip": state.model.clip, "head": state.model.token_head}
-    for name, part in parts.items():
-        if part is not None:
-            limit = math.inf if clip_norm is None else clip_norm
-            state.grad_norms[name] = torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
-    state.scaler.step(state.optimizer)
+    parts: dict[str, nn.Module] = {"clip": state.model.clip}
+    if state.model.token_head is not None:
+        parts["head"] = state.model.token_head
+    limit = run.config.optim.grad_clip_norm or math.inf
+    state.norms = {
+        f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
+        for name, part in parts.items()
+    }
+    state.finite = all(bool(norm.isfinite()) for norm in state.norms.values())
+    before = _copies(parts) if run.plan.logs_at(state.step + 1) else None
+    if state.finite or state.scaler.is_enabled():  # the scaler itself leaves infinite ones out
+        state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         state.model.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        for name, old in (before or {}).items():
+            new: list[Tensor] = list(parts[name].parameters())
+            moved = [a - b for a, b in zip(new, old)]
+            state.norms[f"param_norm_{name}"] = _norm(new)
+            state.norms[f"update_norm_{name}"] = _norm(moved)
     state.step += 1
+
+
+def _copies(parts: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
+    return {name: [p.detach().clone() for p in part.parameters()] for name, part in parts.items()}
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(tensors)

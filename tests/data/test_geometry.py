@@ -122,6 +122,59 @@ def test_evaluation_pixels_are_open_clips_bit_for_bit(size, mode, theirs):
     assert np.mean(differences) < 3
 
 
+def crops(size: int, scale: tuple[float, float]):
+    """Exact bicubic, exact bilinear and fast pixels of photographs under random crops."""
+    for seed, path in enumerate(photographs(60)):
+        image, picture = Image.open(path).convert("RGB"), path.read_bytes()
+        geometry = plan(*image.size, size, "crop", random_crop(philox(seed), scale))
+        part = image.crop(tuple(map(int, geometry.source)))
+        bicubic, bilinear = (
+            np.asarray(part.resize((size, size), kind)).transpose(2, 0, 1).astype(int)
+            for kind in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+        )
+        yield bicubic, bilinear, render(picture, geometry, fast=True).astype(int)
+
+
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.3, 1.0)])
+def test_fast_pixels_of_undivided_photographs_are_the_exact_ones(scale):
+    """On 400 px photographs at 224 px no decoder reduces: only rounding and clipping are left."""
+    differences = [np.abs(fast - bicubic) for bicubic, _, fast in crops(224, scale)]
+    assert np.mean(differences) < 0.1
+    assert np.mean([(d > 2).mean() for d in differences]) < 1e-3
+
+
+@pytest.mark.parametrize("size", [112, 96, 48])
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.3, 1.0)])
+def test_fast_pixels_differ_from_exact_ones_by_less_than_resampling_filters_do(size, scale):
+    """Decoding at reduced scale changes a picture no more than bilinear instead of bicubic
+    resampling does, on average over photographs."""
+    reduced, filters = zip(
+        *(
+            (np.abs(fast - bicubic).mean(), np.abs(bilinear - bicubic).mean())
+            for bicubic, bilinear, fast in crops(size, scale)
+        )
+    )
+    assert 0.1 < np.mean(reduced) < np.mean(filters)
+
+
+@given(
+    st.integers(16, 200),
+    st.integers(16, 200),
+    st.integers(8, 64),
+    st.integers(0, 99),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_fast_pixels_of_smooth_pictures_are_the_exact_ones(width, height, size, seed, flip):
+    pixels = noise(width, height, seed)
+    crop = random_crop(philox(seed), (0.3, 1.0), flip_probability=float(flip))
+    geometry = plan(width, height, size, "crop", crop)
+    part = Image.fromarray(pixels).crop(tuple(map(int, geometry.source)))
+    exact = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    exact = exact[:, :, ::-1] if flip else exact
+    assert np.abs(render(pixels, geometry, fast=True).astype(int) - exact).max() <= 4
+
+
 @pytest.mark.parametrize("width, height", [(1000, 10), (10, 1000), (300, 301)])
 def test_random_crop_falls_back_as_torchvision_does(width, height):
     from torchvision.transforms import RandomResizedCrop
@@ -129,15 +182,28 @@ def test_random_crop_falls_back_as_torchvision_does(width, height):
     image, ratio = Image.new("RGB", (width, height)), (3 / 4, 4 / 3)
     top, left, h, w = RandomResizedCrop.get_params(image, [2.0, 2.0], list(ratio))
     crop = random_crop(philox(0), scale=(2.0, 2.0))
-    assert plan(width, height, 32, "crop", crop).source == (left, top, left + w, top + h)
+    assert plan(width, height, 400, "crop", crop).source == (left, top, left + w, top + h)
 
 
 @given(st.integers(20, 2000), st.integers(20, 2000), st.integers(0, 10_000))
 def test_random_crop_stays_inside_and_in_bounds(width, height, seed):
     crop = random_crop(philox(seed), scale=(0.3, 0.9))
-    x0, y0, x1, y1 = plan(width, height, 32, "crop", crop).source
+    x0, y0, x1, y1 = plan(width, height, 2000, "crop", crop).source  # no decoder reduces this
     assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
     assert (x1 - x0 - 1) / (y1 - y0 + 1) <= 4 / 3 and (x1 - x0 + 1) / (y1 - y0 - 1) >= 3 / 4
+
+
+@given(st.integers(20, 6000), st.integers(20, 6000), st.integers(8, 300), st.integers(0, 10_000))
+def test_random_crop_lies_on_the_decoders_grid(width, height, size, seed):
+    """Its sides move there by less than one pixel of the input."""
+    crop = random_crop(philox(seed), scale=(0.1, 1.0))
+    free = np.array(plan(width, height, 10_000, "crop", crop).source)
+    x0, y0, x1, y1 = there = np.array(plan(width, height, size, "crop", crop).source)
+    spare = min(x1 - x0, y1 - y0) / size
+    grid = max(factor for factor in (1, 2, 4, 8) if factor == 1 or factor <= spare)
+    assert not (there % grid).any()
+    assert (np.abs(there - free) < grid).all()
+    assert x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
 
 
 def test_random_crop_is_decided_by_its_generator_alone():

@@ -1,5 +1,6 @@
 import hashlib
-from itertools import islice
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ def digest_of_steps(rows, order, ranks, workers, steps, epoch=1):
     per_rank = 12 // ranks
     parts = []
     for rank in range(ranks):
-        sampler = StepSampler(order, epoch, 0, per_rank, rank, ranks)
-        batches = islice(train_batches(rows, sampler, workers, False), steps)
+        start = epoch * order.steps_per_epoch(12)
+        sampler = StepSampler(order, start, start + steps, per_rank, rank, ranks)
+        batches = train_batches(rows, sampler, workers, False, 60)
         parts.append([b for b, _ in batches])
     found = []
     for step in zip(*parts):
@@ -47,14 +49,47 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(ranks, workers):
     assert digest_of_steps(rows, order, ranks, workers, 3) == expected
 
 
-def test_an_epoch_can_be_entered_at_any_step():
+def test_a_run_can_be_entered_at_any_step():
     source = Scenes("train", 60)
     rows = TrainRows(source, PREPROCESS, tokenize, 0, (1.0, 1.0))
     order = Order(source.shard_sizes, 0)
-    whole = [b for b, _ in train_batches(rows, StepSampler(order, 0, 0, 12, 0, 1), 0, False)]
-    rest = [b for b, _ in train_batches(rows, StepSampler(order, 0, 3, 12, 0, 1), 0, False)]
-    assert len(whole) == 5 and len(rest) == 2
-    assert (whole[3].images == rest[0].images).all() and (whole[4].tokens == rest[1].tokens).all()
+    whole = [b for b, _ in train_batches(rows, StepSampler(order, 0, 12, 12, 0, 1), 0, False, 60)]
+    rest = [b for b, _ in train_batches(rows, StepSampler(order, 3, 12, 12, 0, 1), 0, False, 60)]
+    assert len(whole) == 12 and len(rest) == 9
+    for a, b in zip(whole[3:], rest):
+        assert (a.images == b.images).all() and (a.tokens == b.tokens).all()
+
+
+def test_readers_live_as_long_as_the_run_and_read_ahead_across_epochs():
+    rows = Noted(Scenes("train", 24), PREPROCESS, tokenize, 0, (1.0, 1.0))
+    sampler = StepSampler(Order(rows.source.shard_sizes, 0), 0, 10, 12, 0, 1)
+    readers = [set(b.image_ids.tolist()) for b, _ in train_batches(rows, sampler, 2, False, 60)]
+    assert len(readers) == 10 and len(set.union(*readers)) == 2
+
+
+class Noted(TrainRows):
+    """Training rows whose picture id is the process that read them."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"image_id": os.getpid()}
+
+
+def test_copies_of_a_picture_differ_in_caption_and_crop():
+    rows = TrainRows(Captioned("train", 40), PREPROCESS, tokenize, 0, (0.3, 1.0))
+    pairs = [rows[(0, 3, copy)] for copy in range(6)]
+    assert {p["image_id"] for p in pairs} == {3}
+    assert len({p["image"].tobytes() for p in pairs}) == 6
+    assert len({p["tokens"].tobytes() for p in pairs}) > 1
+    assert (rows[(0, 3, 2)]["image"] == pairs[2]["image"]).all()
+
+
+class Captioned(Scenes):
+    """Scenes with four captions each."""
+
+    def read(self, row):
+        record = super().read(row)
+        texts = tuple(f"{record.captions[0]} {k}" for k in range(4))
+        return replace(record, captions=texts, caption_rows=tuple(range(4 * row, 4 * row + 4)))
 
 
 class Damaged:
@@ -74,18 +109,20 @@ class Damaged:
 
 def test_unreadable_picture_is_replaced_with_its_ids_and_counted():
     rows = TrainRows(Damaged({5}), PREPROCESS, tokenize, 0, (1.0, 1.0))  # pyright: ignore
-    pair = rows[(0, 5)]
+    pair = rows[(0, 5, 0)]
     assert pair["image_id"] != 5 and len(pair["causes"]) == 1
-    other = rows[(0, pair["image_id"])]
+    other = rows[(0, pair["image_id"], 0)]
     assert (pair["image"] == other["image"]).all() and (pair["tokens"] == other["tokens"]).all()
-    assert rows[(0, 5)]["image_id"] == pair["image_id"], "the substitute is a function of the row"
-    assert rows[(0, 6)]["image_id"] == 6
+    assert rows[(0, 5, 0)]["image_id"] == pair["image_id"], (
+        "the substitute is a function of the row"
+    )
+    assert rows[(0, 6, 0)]["image_id"] == 6
 
 
 def test_data_without_a_readable_picture_stops():
     rows = TrainRows(Damaged(set(range(40))), PREPROCESS, tokenize, 0, (1.0, 1.0))  # pyright: ignore
     with pytest.raises(UserError, match="substitutes can't be read"):
-        rows[(0, 5)]
+        rows[(0, 5, 0)]
 
 
 def test_limited_cuts_the_last_shard():

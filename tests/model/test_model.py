@@ -1,5 +1,7 @@
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -44,6 +46,29 @@ def test_features_are_open_clips_own(clip, inputs):
         torch.testing.assert_close(out.image_features, expected["image_features"])
         torch.testing.assert_close(out.text_features, expected["text_features"])
         torch.testing.assert_close(out.scale, expected["logit_scale"])
+
+
+COMPILED = """
+import torch
+from superclip.model.factory import build_clip, model_config
+from superclip.model.superclip import SuperCLIP, TokenHead
+clip, head = build_clip(model_config("scenes-vit")), TokenHead(128, 49408)
+plain, compiled = (SuperCLIP(clip, (0.5,) * 3, (0.5,) * 3, head) for _ in range(2))
+compiled.compile_towers(backend="aot_eager")
+inputs = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8), torch.ones(2, 20, dtype=int)
+for checkpointing in (False, True):
+    clip.set_grad_checkpointing(checkpointing)
+    for a, b in zip(vars(plain(*inputs)).values(), vars(compiled(*inputs)).values()):
+        torch.testing.assert_close(a, b)
+print("equal")
+"""
+
+
+def test_towers_compile_as_one_graph_each():
+    """`fullgraph` makes a graph break an error. Its own process: the tests' type checks would be
+    such a break."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr
 
 
 def test_head_reads_the_mean_patch_after_the_final_norm(clip, inputs):

@@ -1,15 +1,21 @@
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import final
 
 import pytest
 import torch
 
 from superclip.config import train_config
 from superclip.data.batch import Batch
+from superclip.errors import UserError
+from superclip.losses import Loss
 from superclip.ops.world import World
 from superclip.training.build import build_run
+from superclip.training.consensus import Consensus
+from superclip.training.nonfinite import handle_nonfinite
 from superclip.training.schedule import cosine
 from superclip.training.step import train_step
 
@@ -31,7 +37,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def batch(built):
     run, _ = built
-    pairs = [run.rows[(0, row)] for row in range(12)]
+    pairs = [run.rows[(0, row, 0)] for row in range(12)]
     from superclip.data.loader import collate
 
     return collate(pairs)[0]
@@ -40,10 +46,10 @@ def batch(built):
 def stepped(built, batch: Batch, accum: int, **optim):
     """Weights and terms after one step from the same start."""
     run, state = built
-    options = replace(run.config.optim, batch_size=12 // accum, accum_freq=accum, **optim)
-    run = replace(run, config=replace(run.config, optim=options))
+    options = replace(run.config.optim, **optim)
+    plan = replace(run.plan, micro_batch=12 // accum, accum_freq=accum)
+    run = replace(run, config=replace(run.config, optim=options), plan=plan)
     state = copy.deepcopy(state)
-    state.forward = state.model
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
     terms = train_step(state, batch, run)
     return state, terms
@@ -78,15 +84,14 @@ def test_first_step_is_the_autograd_gradient_of_the_summed_terms(built, batch):
 
 def test_gradients_are_clipped_by_towers_and_head_apart(built, batch):
     state, _ = stepped(built, batch, 1, grad_clip_norm=0.5)
-    assert set(state.grad_norms) == {"clip", "head"}
+    assert {"grad_norm_clip", "grad_norm_head"} <= state.norms.keys()
     free, _ = stepped(built, batch, 1, grad_clip_norm=None)
-    assert state.grad_norms["clip"] == free.grad_norms["clip"] > 0.5
+    assert state.norms["grad_norm_clip"] == free.norms["grad_norm_clip"] > 0.5
 
 
 def test_scale_is_clamped(built, batch):
     run, state = built
     state = copy.deepcopy(state)
-    state.forward = state.model
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=0.0)
     with torch.no_grad():
         state.model.clip.logit_scale.fill_(9.0)
@@ -102,3 +107,38 @@ def test_uneven_micro_batches_are_a_contradiction(batch):
 def test_run_record_is_written(built):
     run, _ = built
     assert (Path(run.directory) / "run.json").exists() and run.plan.total_steps == 4
+
+
+@final
+class Poisoned(Loss):
+    """A loss whose gradient is not a number."""
+
+    def pair_terms(self, image_features, text_features, scale, batch, world):
+        return {"poison": (image_features.sum() + text_features.sum()) * scale * math.nan}
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(built, batch):
+    run, state = built
+    state = copy.deepcopy(state)
+    before = copy.deepcopy(state.model.state_dict())
+    state.loss = Poisoned()
+    terms = train_step(state, batch, run)
+    assert state.step == 1 and not state.finite and terms["poison"].isnan()
+    assert all(torch.equal(a, before[n]) for n, a in state.model.state_dict().items())
+    news = Consensus(run).reach(state, terms, Counter())
+    assert news.broken_ranks == [0]
+    skipping = replace(run, config=replace(run.config, on_nonfinite="skip"))
+    handle_nonfinite(skipping, state, batch, news)
+    assert state.nonfinite == 1 and state.gauges()["nonfinite_steps"] == 1
+    with pytest.raises(UserError, match=r"on rank.s. 0, image ids 0, 1, 2"):
+        handle_nonfinite(run, state, batch, news)
+
+
+def test_too_many_unreadable_pictures_stop_the_run_after_saving(built, batch):
+    run, state = built
+    state = copy.deepcopy(state)
+    terms = train_step(state, batch, run)
+    Consensus(run).reach(state, terms, Counter({"OSError": 10}))
+    with pytest.raises(UserError, match=r"11 of 12 .*OSError 10, UnidentifiedImageError 1"):
+        Consensus(run).reach(state, terms, Counter({"UnidentifiedImageError": 1}))
+    assert (run.directory / "step_1.pt").exists()

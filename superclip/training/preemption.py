@@ -1,0 +1,54 @@
+"""Being asked to stop: by a cluster that wants its machine back, or by a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+
+class Stopped(Exception):
+    """A stop request came inside a block that may be left at any point."""
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGUSR1 instead of dying of them, while it is entered.
+
+    Attributes:
+        received: the signal's name, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._interrupting = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Inside, a request does not wait for the end of a step.
+
+        Raises:
+            Stopped: at once, wherever the block is, or before it begins.
+        """
+        self._interrupting = True
+        try:
+            if self.received:
+                raise Stopped
+            yield
+        finally:
+            self._interrupting = False
+
+    def _note(self, number: int, _: object) -> None:
+        self.received = signal.Signals(number).name
+        if self._interrupting:
+            raise Stopped
