@@ -124,7 +124,10 @@ class Tracker:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        line = " ".join(f"{name}={value:.5g}" for name, value in metrics.items())
+        shown = {
+            n: v for n, v in metrics.items() if not n.startswith(("param_norm", "update_norm"))
+        }
+        line = " ".join(f"{name}={value:.5g}" for name, value in shown.items())
         if self._bar is not None:
             self._bar.write(f"step={step} {line}", file=sys.stderr)
         else:
