@@ -1,29 +1,36 @@
-"""Speed of the sweep, the token loss, the scenes and the loader, as ratios measured in one run.
+"""Speed and memory of sweep, training, loader and scenes, as ratios measured in one run.
 
-Both sides of a ratio run interleaved, round by round in alternating order, after one untimed pass
-each, so that a busy machine slows both. Printed are medians over the rounds with their range, of
-wall and of CPU time (all threads of this process). A target is compared with the medians and never
-fails the command.
+All sides of a comparison run interleaved, round by round in alternating order, after one untimed
+pass each, so that a busy machine slows all. Printed are medians over the rounds with their range,
+of wall and of CPU time (all threads of this process; reader processes aside). A target is compared
+with the medians and never fails the command.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
+import itertools
 import json
+import logging
 import operator
 import os
 import platform
+import re
 import runpy
 import statistics
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -34,63 +41,41 @@ if TYPE_CHECKING:  # threads are set before numpy and torch load
     import numpy as np
     import torch
 
-    from superclip.config import TrainConfig
     from superclip.data.batch import Batch, Record
     from superclip.training.state import Run, TrainState
 
 NAIVE_METRICS = Path(__file__).parents[1] / "tests" / "reference" / "metrics.py"
 PHOTO = 640, 480
 """Pixels of a full-size photograph, COCO's commonest size."""
-
-
-class Cost(NamedTuple):
-    """What one timed pass took in seconds, or anything derived from it for wall and CPU alike."""
-
-    wall: float
-    cpu: float
-
-
-Series = Sequence[Cost]
-"""One cost a round."""
-
-
-def each(function: Callable[..., float], *series: Series) -> list[Cost]:
-    """Apply `function` round by round, to wall and to CPU time."""
-    return [Cost(*map(function, *costs)) for costs in zip(*series)]
-
-
-def ratio(a: Series, b: Series) -> list[Cost]:
-    """`a / b` round by round."""
-    return each(operator.truediv, a, b)
-
-
-def total(parts: Sequence[Series]) -> list[Cost]:
-    """The sum of several sides, round by round."""
-    return each(lambda *seconds: sum(seconds), *parts)
+WAYS = "vectorised", "by loops"
+CLOCKS = "wall", "cpu"
+"""Columns of a series: `[rounds, 2]` seconds, or anything derived from them."""
 
 
 def interleave(
     sides: Mapping[str, Callable[[], object]],
     rounds: int,
     settle: Callable[[], object] = lambda: None,
-) -> dict[str, list[Cost]]:
-    """Seconds of every side in every round; the order of the sides turns around each round.
+) -> dict[str, np.ndarray]:
+    """Series in seconds of every side; the order of the sides turns around each round.
 
     Args:
         settle: waits for what a side has only queued, on a GPU.
     """
+    import numpy as np
+
     print("one untimed pass of each side", file=sys.stderr, flush=True)
     for side in sides.values():  # allocations, caches, optimizer state
         side()
     settle()
-    costs: dict[str, list[Cost]] = {name: [] for name in sides}
+    costs = {name: np.zeros((rounds, 2)) for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
-            wall, cpu = time.perf_counter(), time.process_time()
+            began = time.perf_counter(), time.process_time()
             sides[name]()
             settle()
-            costs[name].append(Cost(time.perf_counter() - wall, time.process_time() - cpu))
-        told = ", ".join(f"{name} {cost[-1].wall:.3g} s" for name, cost in costs.items())
+            costs[name][number] = time.perf_counter() - began[0], time.process_time() - began[1]
+        told = ", ".join(f"{name} {cost[number, 0]:.3g} s" for name, cost in costs.items())
         print(f"round {number + 1}/{rounds}: {told}", file=sys.stderr, flush=True)
     return costs
 
@@ -101,12 +86,12 @@ class Row:
 
     label: str
     unit: str
-    series: Series
+    series: np.ndarray
     target: tuple[str, float] | None = None
 
     def spread(self, clock: str) -> tuple[float, float, float]:
         """Median, least and largest of `wall` or `cpu` over the rounds."""
-        values = [getattr(cost, clock) for cost in self.series]
+        values = self.series[:, CLOCKS.index(clock)].tolist()
         return statistics.median(values), min(values), max(values)
 
     @property
@@ -116,24 +101,25 @@ class Row:
             return ""
         sign, limit = self.target
         meets = {"<=": operator.le, ">=": operator.ge}[sign]
-        wall, cpu = ("met" if meets(self.spread(c)[0], limit) else "missed" for c in Cost._fields)
+        wall, cpu = ("met" if meets(self.spread(c)[0], limit) else "missed" for c in CLOCKS)
         return f"{sign} {limit:g} {wall if wall == cpu else f'{wall} by wall, {cpu} by CPU'}"
 
     def __str__(self) -> str:
-        clocks = ("{:>9.4g} [{:.4g}, {:.4g}]".format(*self.spread(c)) for c in Cost._fields)
-        wall, cpu = clocks
-        return f"{self.label:<42}{self.unit:<12}{wall:<31}{cpu:<31}{self.verdict}".rstrip()
+        wall, cpu = ("{:>9.4g} [{:.4g}, {:.4g}]".format(*self.spread(c)) for c in CLOCKS)
+        return f"{self.label:<44}{self.unit:<12}{wall:<31}{cpu:<31}{self.verdict}".rstrip()
 
     def to_dict(self) -> dict[str, Any]:
-        medians = {c: dict(zip(("median", "min", "max"), self.spread(c))) for c in Cost._fields}
-        rounds = [cost._asdict() for cost in self.series]
-        return {"label": self.label, "unit": self.unit, **medians, "verdict": self.verdict} | {
-            "rounds": rounds
-        }
+        told = {c: dict(zip(("median", "min", "max"), self.spread(c))) for c in CLOCKS}
+        rounds = [dict(zip(CLOCKS, costs)) for costs in self.series.tolist()]
+        return {
+            "label": self.label,
+            "unit": self.unit,
+            "verdict": self.verdict,
+            "rounds": rounds,
+        } | told
 
 
-@dataclass(frozen=True)
-class Findings:
+class Findings(NamedTuple):
     """What a bench found: rows of the table, and lines that are no times."""
 
     rows: list[Row]
@@ -144,15 +130,16 @@ class Findings:
 class Bench(ABC):
     rounds: int = 5
     """Timed rounds of every side."""
-    threads: int | None = None
-    """CPU threads. Default: torch's own choice, or OMP_NUM_THREADS."""
+    threads: int | None = 1
+    """CPU threads; one makes a rate a rate per core. None: torch's choice, or OMP_NUM_THREADS."""
     out: Path | None = None
     """JSON file for everything printed and every round."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            least = 0 if name == "workers" else 1
+            if type(value) is int and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         if self.out is not None and not self.out.parent.is_dir():
             raise UserError(f"--out {self.out}: there is no folder {self.out.parent}")
 
@@ -165,6 +152,8 @@ class SweepBench(Bench):
     """A sweep's cost per picture (decoding and untrained towers aside) against the plain tower, in
     fp32; and its metrics against Python loops over heads and cells."""
 
+    threads: int | None = None
+    """CPU threads. Default: torch's own choice, or OMP_NUM_THREADS."""
     model: tuple[str, ...] = ("ViT-B-32", "ViT-B-16")
     """Names of models, taken with random weights."""
     batch_size: int = 16
@@ -188,33 +177,33 @@ class SweepBench(Bench):
         return Findings([row for name in self.model for row in self._rows(name)], notes)
 
     def _rows(self, name: str) -> list[Row]:
+        import numpy as np
+
         from superclip.ops.world import choose_device
 
         device = choose_device(self.device)
         sides, scored = sweep_parts(name, self.batch_size, self.stratum, device)
         costs = interleave(sides, self.rounds, settle_on(device))
         counts = dict.fromkeys(sides, self.batch_size) | {"metrics": self.stratum}
-        costs = {k: each(lambda s, n=counts[k]: 1e3 * s / n, c) for k, c in costs.items()}
+        costs = {part: 1e3 * cost / counts[part] for part, cost in costs.items()}
         plain, *parts = costs.values()
-        sweep = total(parts)
-        rows = [
-            Row(f"{name}: sweep / plain forward", "ratio", ratio(sweep, plain), ("<=", 1.5)),
+        sweep = np.sum(parts, 0)
+        metrics = scorers(*(array[: self.looped] for array in scored))
+        sides = {f"{m} {k}": side for m, pair in metrics.items() for k, side in zip(WAYS, pair)}
+        scoring = interleave(sides, self.rounds)
+
+        def faster(*chosen: str) -> np.ndarray:
+            fast, slow = (sum(scoring[f"{m} {k}"] for m in chosen) for k in WAYS)
+            return np.divide(slow, fast)
+
+        linear = [metric for metric in metrics if metric != "patch_auroc"]
+        return [
+            Row(f"{name}: sweep / plain forward", "ratio", sweep / plain, ("<=", 1.5)),
             Row("  sweep", "ms/picture", sweep),
             *(Row(f"  {part}", "ms/picture", cost) for part, cost in costs.items()),
-        ]
-        ours, loops = scorers(*(array[: self.looped] for array in scored))
-        costs = interleave(ours | {f"{m} by loops": s for m, s in loops.items()}, self.rounds)
-
-        def faster(*chosen: str) -> list[Cost]:
-            slow, fast = ([costs[m + end] for m in chosen] for end in (" by loops", ""))
-            return ratio(total(slow), total(fast))
-
-        linear = [metric for metric in ours if metric != "patch_auroc"]
-        return [
-            *rows,
-            Row(f"{name}: scoring, loops / ours", "ratio", faster(*ours), (">=", 20)),
+            Row(f"{name}: scoring, loops / ours", "ratio", faster(*metrics), (">=", 20)),
             Row("  without patch_auroc", "ratio", faster(*linear), (">=", 20)),
-            *(Row(f"  {metric}", "ratio", faster(metric)) for metric in ours),
+            *(Row(f"  {metric}", "ratio", faster(metric)) for metric in metrics),
         ]
 
 
@@ -283,159 +272,458 @@ def sweep_parts(
 
 def scorers(
     maps: np.ndarray, coverage: np.ndarray, valid: np.ndarray, hits: np.ndarray
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
-    """Every metric of the same pictures by `interp.grounding.metrics`, and by naive loops."""
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Every metric of the same pictures, by `interp.grounding.metrics` and by naive loops."""
     import numpy as np
 
     from interp.grounding import metrics
     from interp.grounding.metrics import PairScores
 
-    stratum = np.zeros(len(maps), int)
-    ours = {
-        "in_box_mass": lambda: metrics.in_box_mass(maps, coverage, valid),
-        "excess": lambda: metrics.excess(PairScores(maps, coverage, valid), stratum),
-        "patch_auroc": lambda: metrics.patch_auroc(maps, coverage, valid),
-        "normalised_mass": lambda: metrics.normalised_mass(maps, coverage, valid),
-        "pointing": lambda: metrics.pointing(maps, hits > 0, valid),
-    }
-    naive = runpy.run_path(str(NAIVE_METRICS))
+    naive, stratum = runpy.run_path(str(NAIVE_METRICS)), [0] * len(maps)
     pictures = maps.reshape(len(maps), -1, maps.shape[-1]).tolist()
     m, w, hit = coverage.tolist(), valid.tolist(), hits.tolist()
+    masks = maps, coverage, valid
 
-    def looped(score: Callable[..., float], inside: list[list[float]]) -> Callable[[], object]:
+    def looped(score: str, inside: list[list[float]] = m) -> Callable[[], object]:
         return lambda: [
-            score(a, *picture) for heads, *picture in zip(pictures, inside, w) for a in heads
+            naive[score](a, *picture) for heads, *picture in zip(pictures, inside, w) for a in heads
         ]
 
-    loops = {
-        "in_box_mass": looped(naive["score"], m),
-        "excess": lambda: [naive["excess"](head, m, w, stratum) for head in zip(*pictures)],
-        "patch_auroc": looped(naive["auroc"], m),
-        "normalised_mass": looped(naive["normalised_mass"], m),
-        "pointing": looped(naive["pointing"], hit),
+    return {
+        "in_box_mass": (lambda: metrics.in_box_mass(*masks), looped("score")),
+        "excess": (
+            lambda: metrics.excess(PairScores(*masks), np.array(stratum)),
+            lambda: [naive["excess"](head, m, w, stratum) for head in zip(*pictures)],
+        ),
+        "patch_auroc": (lambda: metrics.patch_auroc(*masks), looped("auroc")),
+        "normalised_mass": (lambda: metrics.normalised_mass(*masks), looped("normalised_mass")),
+        "pointing": (lambda: metrics.pointing(maps, hits > 0, valid), looped("pointing", hit)),
     }
-    return ours, loops
+
+
+def tiny_model(folder: Path, size: int) -> str:
+    """File with a model that costs next to nothing beside reading its pictures."""
+    path, tower = folder / f"tiny-vit-{size}.json", {"width": 8, "layers": 1}
+    vision = tower | {"image_size": size, "patch_size": size // 4, "head_width": 8}
+    text = tower | {"context_length": 77, "vocab_size": 49408, "heads": 1}
+    path.write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
+    return str(path)
+
+
+def write_shards(folder: Path, pattern: str | None, num: int, shards: int = 1) -> tuple[str, str]:
+    """The first pictures of shards (default: synthetic photographs) as KEY.jpg and KEY.txt in new
+    shards, a form that both trainers read: their pattern, and what they are."""
+    from webdataset.writer import TarWriter
+
+    from superclip.data.shards import Shards
+
+    read, held = photograph, num
+    if pattern is not None:
+        source = Shards(pattern)
+        read, held = source.read, source.num_images
+    if held < num:
+        raise UserError(f"--num {num}: {pattern} holds only {held} pictures")
+    paths = [folder / f"bench-{k:03d}.tar" for k in range(shards)]
+    for k, path in enumerate(paths):
+        with TarWriter(str(path), encoder=False) as tar:
+            for row in range(k, num, shards):
+                record = read(row)
+                text = record.captions[0].encode()
+                tar.write({"__key__": f"{row:06d}", "jpg": record.picture, "txt": text})
+    size = sum(path.stat().st_size for path in paths) / num / 1e3
+    what = pattern or f"synthetic {PHOTO[0]}x{PHOTO[1]} photographs"
+    return (
+        f"{folder}/bench-{{000..{shards - 1:03d}}}.tar",
+        f"{num} pictures ({what}, {size:.0f} kB each)",
+    )
 
 
 @dataclass(frozen=True)
-class TokenLossBench(Bench):
-    """An optimizer step of SuperCLIP against one of CLIP, and the memory of head and term."""
+class Setup:
+    """What two trainers are given alike; `steps` are those of a pass, without `shards` only the
+    model matters."""
+
+    folder: Path
+    model: str
+    batch_size: int
+    steps: int = 1
+    shards: str | None = None
+    workers: int = 0
+    precision: str = "fp32"
+    device: str = "cpu"
+
+
+class Feed:
+    """Batches for one pass after another.
+
+    Attributes:
+        num_batches, num_samples: of a pass; open_clip_train reads them.
+        waits: seconds for which batches were waited for, one a pass.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Any]], setup: Setup):
+        self.batches, self.num_batches = batches, setup.steps
+        self.num_samples = setup.steps * setup.batch_size
+        self.waits: list[float] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        source, waited, count = iter(self.batches()), 0.0, -1
+        batch: Any = self
+        while batch is not None:
+            began, count = time.perf_counter(), count + 1
+            batch = next(source, None)
+            waited += time.perf_counter() - began
+            if batch is not None:
+                yield batch
+        assert count == self.num_batches, f"{count} of {self.num_batches} batches came"
+        self.waits.append(waited)
+
+
+class Peer:
+    """open_clip_train as its `main` puts it together: arguments, model, readers, loss, AdamW,
+    schedule and loop are its own.
+
+    One thing is changed. Under webdataset 1.0 its training reader takes the mark at a shard's end
+    for a file (KeyError 'fname'), so the mark is switched off.
+    """
+
+    def __init__(self, setup: Setup):
+        import open_clip
+        import torch
+        from open_clip_train import data, params, scheduler
+        from webdataset.tariterators import tar_file_expander
+
+        from superclip.model.factory import model_config
+
+        data.tar_file_expander = functools.partial(tar_file_expander, eof_value=None)
+        name, device, precision = Path(setup.model).stem, setup.device, setup.precision
+        if name not in open_clip.list_models():
+            path = setup.folder / f"{name}.json"
+            path.write_text(json.dumps(model_config(setup.model)))
+            open_clip.add_model_config(path)
+        flags = f"--model {name} --batch-size {setup.batch_size} --workers {setup.workers} "
+        flags += f"--precision {precision} --train-num-samples {setup.steps * setup.batch_size} "
+        flags += f"--grad-clip-norm 1 --train-data {setup.shards or 'none.tar'}"
+        args = self.args = params.parse_args(flags.split())
+        alone = {"rank": 0, "world_size": 1, "distributed": False, "distill": False}
+        vars(args).update(alone, device=device, wandb=False)
+        if device.startswith("cuda"):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+        self.model, transform, _ = open_clip.create_model_and_transforms(
+            name, precision=precision, device=device, output_dict=True
+        )
+        sets = data.get_data(args, (transform, None), tokenizer=open_clip.get_tokenizer(name))
+        self.data, self.loss, self.epoch = sets["train"], open_clip.create_loss(args), 0
+        groups: tuple[list[Any], list[Any]] = [], []
+        for key, p in self.model.named_parameters():
+            plain = p.ndim < 2 or any(part in key for part in ("bn", "ln", "bias", "logit_scale"))
+            groups[not plain].append(p)
+        decays = [{"params": groups[k], "weight_decay": args.wd * k} for k in (0, 1)]
+        betas = args.beta1, args.beta2
+        self.optimizer = torch.optim.AdamW(decays, lr=args.lr, betas=betas, eps=args.eps)
+        self.schedule = scheduler.cosine_lr(self.optimizer, args.lr, args.warmup, 1 << 40)
+        self.scaler = torch.amp.GradScaler(device) if precision == "amp" else None
+
+    def train(self, feed: Feed) -> None:
+        """Its loop over one pass of `feed`."""
+        from open_clip_train.train import train_one_epoch
+
+        data = {"train": SimpleNamespace(dataloader=feed, set_epoch=self.data.set_epoch)}
+        parts = self.loss, self.epoch, self.optimizer, self.scaler, self.schedule
+        train_one_epoch(self.model, data, *parts, None, self.args)
+        self.epoch += 1
+
+
+def our_run(setup: Setup, loss: str) -> tuple[Run, TrainState]:
+    """A run of the trainer that never comes to an epoch's end, where it would evaluate and save."""
+    from superclip.config import train_config
+    from superclip.ops.world import World, choose_device
+    from superclip.training.build import build_run, open_tracker
+
+    values = {name: getattr(setup, name) for name in ("batch_size", "workers", "precision")}
+    values |= {"train_data": setup.shards or "scenes", "val_data": "scenes"}
+    values |= {"out": str(setup.folder / f"{loss}-{Path(setup.model).stem}"), "log_every": 1000}
+    config = train_config(values | {"loss": loss, "model": {"model": setup.model}})
+    run, state = build_run(config, World(device=choose_device(setup.device)), [])
+    state.model.train()
+    plan = dataclasses.replace(run.plan, steps_per_epoch=1 << 40)
+    return open_tracker(dataclasses.replace(run, plan=plan), state), state
+
+
+def our_batches(run: Run, start: int, steps: int) -> Iterator[tuple[Batch, Counter[str]]]:
+    """What the trainer reads for these steps, on its device; captions are tokenised anew."""
+    from superclip.data.loader import StepSampler, train_batches
+    from superclip.training.loop import on_device
+
+    run.rows.tokenize.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
+    device, data = run.world.device, run.config.data
+    sampler = StepSampler(run.order, start, start + steps, run.plan.global_batch, 0, 1)
+    pin, patience = device.type == "cuda", data.reader_timeout
+    return on_device(train_batches(run.rows, sampler, data.workers, pin, patience), device)
+
+
+@dataclass(frozen=True)
+class PhotoBench(Bench):
+    shards: str | None = None
+    """Tar shards of photographs. Default: synthetic photographs."""
+    num: int = 512
+    """Photographs of a pass, the first ones of the shards."""
+    batch_size: int = 64
+    """Photographs of a batch; must divide --num."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unit = self.batch_size * max(1, getattr(self, "workers", 1))
+        if self.num % unit:
+            each = "" if unit == self.batch_size else " for each reader"
+            raise UserError(
+                f"--num {self.num} is no multiple of --batch-size {self.batch_size}{each}"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.num // self.batch_size
+
+
+@dataclass(frozen=True)
+class LoaderBench(PhotoBench):
+    """Training pictures per second and core, from a tar shard, against open_clip_train's loader."""
+
+    def run(self) -> Findings:
+        from PIL import Image
+
+        from superclip.data.shards import Shards
+
+        def decode() -> None:
+            for row in range(self.num):
+                image = Image.open(io.BytesIO(source.read(row).picture))  # pyright: ignore
+                image.draft("RGB", (224, 224))
+                image.load()
+
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            shards, told = write_shards(folder, self.shards, self.num)
+            source = Shards(shards)
+            setup = Setup(folder, tiny_model(folder, 224), self.batch_size, self.steps, shards)
+            peer, (run, _) = Peer(setup), our_run(setup, "clip")
+            ours = Feed(lambda: our_batches(run, 0, self.steps), setup)
+            theirs = Feed(lambda: peer.data.dataloader, setup)
+            sides = {
+                "ours": lambda: sum(1 for _ in ours),
+                "open_clip_train": lambda: sum(1 for _ in theirs),
+                "reading and decoding alone": decode,
+            }
+            costs = interleave(sides, self.rounds)
+        rates = {side: self.num / cost for side, cost in costs.items()}
+        faster = rates["ours"] / rates["open_clip_train"]
+        notes = [
+            f"{told} a round, batch {self.batch_size}, one process",
+            "both: read, decode, random resized crop (0.9, 1.0) to 224 px bicubic, tokenise",
+            "ours ends in uint8 and lets the JPEG decoder reduce; open_clip_train decodes in full "
+            "and ends in normalised float; decoding alone is at the scale that suffices for 224 px",
+        ]
+        rows = [Row(f"  {side}", "pictures/s", rate) for side, rate in rates.items()]
+        return Findings([Row("ours / open_clip_train", "ratio", faster, (">=", 2)), *rows], notes)
+
+
+@dataclass(frozen=True)
+class TrainBench(PhotoBench):
+    """The real loops of both trainers: steps on a batch that is already there, and a tiny tower on
+    full-size photographs, where reading is the limit."""
 
     model: str = "ViT-B-32"
-    """Model of both sides."""
-    batch_size: int = 64
-    """Pairs of a step."""
+    """Model of the steps on one batch."""
+    step_batch_size: int = 16
+    """Pairs of such a step."""
+    reads: bool = True
+    """Train from photographs, too."""
+    reader_model: str | None = None
+    """Model that is trained from photographs. Default: a tiny one."""
+    workers: int = 0
+    """Reader processes; 0 reads in the training process."""
+    precision: Literal["fp32", "amp", "amp_bf16"] = "fp32"
+    """Of all sides."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
 
     def run(self) -> Findings:
-        from superclip.ops.world import World, choose_device
-        from superclip.training.build import build_run
-        from superclip.training.step import train_step
+        from superclip.ops.world import choose_device
 
-        world = World(device=choose_device(self.device))
-        with tempfile.TemporaryDirectory() as folder:
-            clip, superclip = (
-                build_run(self._config(loss, Path(folder) / loss), world, [])
-                for loss in ("clip", "superclip")
-            )
-        batch = self._batch(clip[0])
-        sides = {
-            "CLIP step": lambda: train_step(clip[1], batch, clip[0]),
-            "SuperCLIP step": lambda: train_step(superclip[1], batch, superclip[0]),
+        device = str(choose_device(self.device))
+        common: Any = {"precision": self.precision, "device": device}
+        notes = [
+            "all: forward, loss, backward, gradient norm clipped at 1, AdamW, in their own loops; "
+            f"{self.precision}, {self.workers} reader processes, whose CPU time is left out"
+        ]
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            setups = [Setup(folder, self.model, self.step_batch_size, **common)]
+            if self.reads:
+                shards, told = write_shards(folder, self.shards, self.num, max(1, self.workers))
+                model = self.reader_model or tiny_model(folder, 224)
+                setups.append(
+                    Setup(
+                        folder, model, self.batch_size, self.steps, shards, self.workers, **common
+                    )
+                )
+                notes.append(f"{told} a round")
+            found = [self._compare(setup) for setup in setups]
+        rows, more = ([*itertools.chain(*parts)] for parts in zip(*found))
+        return Findings(rows, notes + more)
+
+    def _compare(self, setup: Setup) -> tuple[list[Row], list[str]]:
+        """open_clip_train against ours with either loss, from a shard or on one batch."""
+        from superclip.training.loop import fit
+
+        peer, runs = Peer(setup), {loss: our_run(setup, loss) for loss in ("clip", "superclip")}
+        run, state = runs["clip"]
+        theirs: Any = peer.data.dataloader
+        fixed = [] if setup.shards else [next(our_batches(run, 0, 1))]
+        if fixed:
+            theirs = [(state.model.normalise(b.images), b.tokens) for b, _ in fixed]
+        feeds = {"open_clip_train": Feed(lambda: theirs, setup)}
+        sides: dict[str, Callable[[], object]] = {
+            "open_clip_train": lambda: peer.train(feeds["open_clip_train"])
         }
-        costs = interleave(sides, self.rounds, settle_on(world.device))
-        slower = ratio(costs["SuperCLIP step"], costs["CLIP step"])
-        rows = [Row(f"{self.model}: SuperCLIP / CLIP", "ratio", slower, ("<=", 1.1))]
-        rows += [Row(f"  {name}", "s/step", cost) for name, cost in costs.items()]
-        step = f"batch {self.batch_size}, {clip[0].preprocess.size} px, {clip[0].precision}"
-        return Findings(rows, [step, *memory(*superclip, batch)])
+        for loss, (ours, at) in runs.items():
 
-    def _config(self, loss: str, out: Path) -> TrainConfig[Any]:
-        from superclip.config import LOSS_OPTIONS, ModelConfig, OptimConfig, TrainConfig
+            def batches(ours: Run = ours, at: TrainState = at) -> Iterable[Any]:
+                return our_batches(ours, at.step, setup.steps) if setup.shards else fixed
 
-        model, optim = ModelConfig(self.model), OptimConfig(batch_size=self.batch_size)
-        return TrainConfig(LOSS_OPTIONS[loss](), loss, model=model, optim=optim, out=out)
+            feeds[f"ours, {loss}"] = feed = Feed(batches, setup)
+            sides[f"ours, {loss}"] = functools.partial(fit, ours, at, feed)
+        peaks: dict[str, list[float]] = {name: [] for name in sides}
+        if setup.device.startswith("cuda"):
+            sides = {n: functools.partial(peak_of, side, peaks[n]) for n, side in sides.items()}
+        costs = interleave(sides, self.rounds, settle_on(run.world.device))
+        rates = {name: setup.steps * setup.batch_size / cost for name, cost in costs.items()}
+        other, clip, superclip = rates.values()
+        name = f"{Path(setup.model).stem}, {'photographs' if setup.shards else 'steps'}"
+        least, most = 2 if setup.shards else 1, None if self.reads else ("<=", 1.1)
+        pixels, notes = run.preprocess.size, []
+        for side, cost in costs.items():
+            waiting = statistics.median(feeds[side].waits[1:] / cost[:, 0])
+            note = f"{name} ({setup.steps} x {setup.batch_size} pairs, {pixels} px), {side}: "
+            notes.append(note + f"{waiting:.1%} of the wall time waiting for data")
+            if (flops := run.tracker.flops) is not None:
+                use = statistics.median(rates[side][:, 0]) * flops[1] / flops[0]
+                peak = statistics.median(peaks[side]) / 1e9
+                notes[-1] += (
+                    f"; {use:.1%} of the GPU's peak; {peak:.2f} GB beyond what lives always"
+                )
+        return [
+            Row(f"{name}: ours / open_clip_train", "ratio", clip / other, (">=", least)),
+            Row("  SuperCLIP's time / CLIP's", "ratio", clip / superclip, most),
+            *(Row(f"  {side}", "pairs/s", rate) for side, rate in rates.items()),
+        ], notes
 
-    def _batch(self, run: Run) -> Batch:
-        """Random pictures with captions of 5 to 15 random tokens."""
-        import numpy as np
-        import torch
 
-        from superclip.data.batch import Batch
-        from superclip.model.factory import special_ids, tokenizer
-
-        rng = np.random.Generator(np.random.Philox(key=0))
-        bpe, count, side = tokenizer(run.model_config), self.batch_size, run.preprocess.size
-        _, start, end = special_ids(bpe)
-        tokens = np.zeros((count, bpe.context_length), np.int64)
-        for row in tokens:
-            words = int(rng.integers(5, 16))
-            row[: words + 2] = start, *rng.integers(256, start, words), end
-        pixels = rng.integers(0, 256, (count, 3, side, side), np.uint8)
-        ids = torch.arange(count)
-        held = Batch(torch.from_numpy(pixels), torch.from_numpy(tokens), ids, ids)
-        return held.to(run.world.device)
+TOKEN_LOSS = TrainBench(reads=False, step_batch_size=64)
+"""SuperCLIP's step against CLIP's."""
 
 
-def memory(run: Run, state: TrainState, batch: Batch) -> list[str]:
-    """What the token head and its term hold: counted, and on a GPU measured."""
+def peak_of(side: Callable[[], object], peaks: list[float]) -> None:
+    """Run a side; note its peak of GPU memory beyond what lived before."""
     import torch
 
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    side()
+    peaks.append(torch.cuda.max_memory_allocated() - before)
+
+
+@dataclass(frozen=True)
+class MemoryBench(Bench):
+    """Resident memory over many steps of the real loop and reader; and the token term's share of a
+    step's memory, counted."""
+
+    rounds: int = 20
+    """Times that memory is read, after one round of warm-up."""
+    steps: int = 10_000
+    """Optimizer steps, all rounds together; a tiny SuperCLIP with 2 pairs a step."""
+    workers: int = 0
+    """Reader processes, counted too; 0 reads in the training process."""
+    model: str = "ViT-B-16"
+    """Model of the count."""
+    batch_size: int = 512
+    """Pairs of the count."""
+
+    def run(self) -> Findings:
+        from superclip.training.loop import fit
+
+        count, held = max(1, self.steps // self.rounds), list[float]()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            shards, told = write_shards(folder, None, 64, max(1, self.workers))
+            setup = Setup(folder, tiny_model(folder, 32), 2, 1, shards, self.workers)
+            run, state = our_run(setup, "superclip")
+            batches = our_batches(run, 0, count * (self.rounds + 1))
+
+            def some_steps() -> None:
+                fit(run, state, itertools.islice(batches, count))
+                held.append(resident())
+
+            cost = interleave({f"{count} steps": some_steps}, self.rounds)[f"{count} steps"]
+        rows = [Row("a tiny SuperCLIP's step", "ms", 1e3 * cost / count)]
+        slope = statistics.linear_regression(range(len(held)), held).slope * 1e3 / count
+        notes = [
+            f"resident after {count} steps of warm-up {held[0]:.1f} MB, after "
+            f"{count * self.rounds} more {held[-1]:.1f} MB, at most {max(held):.1f} MB; "
+            f"least-squares slope {slope:+.3f} MB per 1000 steps; {told}",
+            f"resident, MB, every {count} steps: {' '.join(f'{mb:.1f}' for mb in held)}",
+        ]
+        return Findings(rows, notes + token_term(self.model, self.batch_size))
+
+
+def resident() -> float:
+    """MB of memory of this process and its readers (Linux); what they share counts in each."""
+    from multiprocessing import active_children
+
+    pids = [os.getpid(), *(child.pid for child in active_children())]
+    pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def token_term(name: str, count: int) -> list[str]:
+    """Memory of a CLIP step in bf16, on paper, and what the token term adds to it beyond its head.
+
+    A step holds weights, gradients and two moments (fp32, 16 bytes a weight), and a layer keeps 34
+    bytes a token and channel for the backward pass: inputs of both norms and both norms' outputs,
+    queries, keys, values and mixed values in 2 bytes each, 2 x 4 channels in the MLP, statistics
+    (autograd's saved tensors for ViT-B/16 come to 33.5). With checkpointing a layer keeps its input
+    alone, and one layer at a time is recomputed. The term adds, at its peak, the head's weights and
+    their gradient in bf16, a chunk of logits and of their gradient in bf16 and fp32 (12 bytes
+    each), its buffers (20 bytes a column) and what the head reads (8 bytes a channel).
+    """
+    from superclip.model.factory import build_clip, model_config
     from superclip.ops.tokens import ROW_CHUNK_ELEMENTS
 
-    head = state.model.token_head
-    assert head is not None
-    columns, weights = head.linear.out_features, list(head.parameters())
-    states = [t for p in weights for t in state.optimizer.state[p].values()]
-    rows = min(len(batch), max(1, ROW_CHUNK_ELEMENTS // columns))
-    held, half, moments, counts, logits, dense = (
-        f"{count / 1e6:.1f} MB"
-        for count in (
-            sum(p.nbytes for p in weights),
-            sum(p.nbytes for p in weights) / 2,
-            sum(t.nbytes for t in states if isinstance(t, torch.Tensor)),
-            sum(b.nbytes for b in state.loss.buffers()),
-            4 * rows * columns,
-            4 * len(batch) * columns,
+    config, notes = model_config(name), []
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    seen, read = (vision["image_size"] // vision["patch_size"]) ** 2 + 1, text["context_length"]
+    layers = [tower["layers"] for tower in (vision, text)]
+    widths = [count * seen * vision["width"], count * read * text["width"]]
+    always = 16 * sum(p.numel() for p in build_clip(config).parameters())
+    columns = text["vocab_size"]
+    head = columns * (vision["width"] + 1)
+    logits = 12 * min(ROW_CHUNK_ELEMENTS, count * columns)
+    term = 4 * head + logits + 20 * columns + 8 * count * vision["width"]
+    whole = sum(34 * n * w for n, w in zip(layers, widths))
+    spared = sum(2 * n * w for n, w in zip(layers, widths)) + 34 * max(widths)
+    for kind, kept in (("without", whole), ("with", spared)):
+        notes.append(
+            f"{name}, batch {count}, bf16, {kind} checkpointing: CLIP step "
+            f"{(always + kept) / 1e9:.2f} GB, head's weights, gradient and moments "
+            f"{16 * head / 1e9:.2f} GB; token term beyond them {term / 1e9:.3f} GB = "
+            f"{term / (always + kept):.2%} (target: at most 5 %)"
         )
-    )
-    lines = [
-        f"token head: parameters {held}, optimizer state {moments}, gradients {held}; loss buffers "
-        f"{counts}",
-        f"token term: fp32 logits of {rows} rows at once {logits}, and as much for their gradient; "
-        f"a dense target, never built, would add {dense}",
-    ]
-    if run.precision != "fp32":
-        lines.append(f"mixed precision: weights and gradients of the head in half too, {half} each")
-    if run.world.device.type == "cuda":
-        lines.append(f"token term, forward and backward, measured: {term_peak(run, state, batch)}")
-    return lines
-
-
-def term_peak(run: Run, state: TrainState, batch: Batch) -> str:
-    """Peak memory of the token term on a GPU above what lives before it, head gradient included."""
-    import torch
-
-    from superclip.training.optim import autocast
-
-    with autocast(run.precision, run.world.device):
-        with torch.no_grad():
-            out = state.model(batch.images, batch.tokens)
-        hidden = out.token_hidden.detach().requires_grad_()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        terms = state.loss.row_terms(dataclasses.replace(out, token_hidden=hidden), batch)
-    terms["token"].backward()
-    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f} MB"
+    return notes
 
 
 @dataclass(frozen=True)
 class ScenesBench(Bench):
     """Generated scenes per second on one thread."""
 
-    threads: int | None = 1
-    """CPU threads (a scene is drawn by one)."""
     num: int = 1000
     """Scenes of a pass."""
 
@@ -449,120 +737,14 @@ class ScenesBench(Bench):
         }
         costs = interleave(sides, self.rounds)
         rows = [
-            Row(name, "scenes/s", each(lambda s: self.num / s, cost), (">=", 2000))
-            for name, cost in costs.items()
+            Row(name, "scenes/s", self.num / cost, (">=", 2000)) for name, cost in costs.items()
         ]
         return Findings(rows, [f"{self.num} scenes a round"])
-
-
-@dataclass(frozen=True)
-class LoaderBench(Bench):
-    """Training pictures per second and core, from a tar shard, against open_clip_train's loader."""
-
-    threads: int | None = 1
-    """CPU threads; one makes a rate a rate per core."""
-    shards: str | None = None
-    """Tar shards of photographs. Default: synthetic photographs."""
-    num: int = 512
-    """Pictures of a pass, the first ones of the shards."""
-    batch_size: int = 64
-    """Pictures of a batch; must divide --num."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num % self.batch_size:
-            raise UserError(f"--num {self.num} is no multiple of --batch-size {self.batch_size}")
-
-    def run(self) -> Findings:
-        import open_clip
-
-        tokenizer = open_clip.SimpleTokenizer()
-        with tempfile.TemporaryDirectory() as folder:
-            shard = Path(folder) / "bench.tar"
-            self._write(shard)
-            sides = {
-                "ours": self._ours(shard, tokenizer),
-                "open_clip_train": self._theirs(shard, tokenizer),
-            }
-            size = shard.stat().st_size
-            costs = interleave(sides, self.rounds)
-        rates = {name: each(lambda s: self.num / s, cost) for name, cost in costs.items()}
-        what = self.shards or f"synthetic {PHOTO[0]}x{PHOTO[1]} photographs"
-        notes = [
-            f"{self.num} pictures a round ({what}, {size / self.num / 1e3:.0f} kB each), batch "
-            f"{self.batch_size}, one process",
-            "both: read, decode, random resized crop (0.9, 1.0) to 224 px bicubic, tokenise",
-            "ours ends in uint8 and lets the JPEG decoder reduce; open_clip_train decodes in full "
-            "and ends in normalised float",
-            f"open_clip_train {version('open_clip_torch')}: its validation reader with the training"
-            f" transform, as its training reader fails under webdataset {version('webdataset')}",
-        ]
-        rows = [Row(f"  {name}", "pictures/s", rate) for name, rate in rates.items()]
-        return Findings(
-            [Row("ours / open_clip_train", "ratio", ratio(*rates.values())), *rows], notes
-        )
-
-    def _write(self, shard: Path) -> None:
-        """Pictures as KEY.jpg and captions as KEY.txt, a form that both loaders read."""
-        from webdataset.writer import TarWriter
-
-        from superclip.data.shards import Shards
-
-        read, held = photograph, self.num
-        if self.shards is not None:
-            source = Shards(self.shards)
-            read, held = source.read, source.num_images
-        if held < self.num:
-            raise UserError(f"--num {self.num}: {self.shards} holds only {held} pictures")
-        with TarWriter(str(shard), encoder=False) as tar:
-            for row in range(self.num):
-                record = read(row)
-                text = record.captions[0].encode()
-                tar.write({"__key__": f"{row:06d}", "jpg": record.picture, "txt": text})
-
-    def _ours(self, shard: Path, tokenizer: Any) -> Callable[[], None]:
-        from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-        from superclip.data import loader
-        from superclip.data.order import Order
-        from superclip.data.shards import Shards
-
-        source = Shards(str(shard))
-        order = Order(source.shard_sizes, seed=0)
-        preprocess = loader.Preprocess(224, "crop", OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-
-        def ours() -> None:
-            tokenize = loader.tokenizer_for(tokenizer)  # anew: it remembers captions
-            rows = loader.TrainRows(source, preprocess, tokenize, 0, (0.9, 1.0))
-            sampler = loader.StepSampler(order, 0, 0, self.batch_size, 0, 1)
-            batches = loader.train_batches(rows, sampler, workers=0, pin=False)
-            assert sum(len(batch) for batch, _ in batches) == self.num
-
-        return ours
-
-    def _theirs(self, shard: Path, tokenizer: Any) -> Callable[[], None]:
-        """Under webdataset 1.0 `is_train=True` ends in a KeyError ('fname') at the end of a shard;
-        all that it does more is to shuffle shards and still encoded samples."""
-        from argparse import Namespace
-
-        from open_clip import image_transform
-        from open_clip_train.data import get_wds_dataset
-
-        options = {"val_num_samples": self.num, "workers": 0, "batch_size": self.batch_size}
-        args, transform = Namespace(val_data=str(shard), **options), image_transform(224, True)
-        data = get_wds_dataset(args, transform, is_train=False, tokenizer=tokenizer)
-
-        def theirs() -> None:
-            assert sum(len(images) for images, _ in data.dataloader) == self.num
-
-        return theirs
 
 
 def photograph(row: int) -> Record:
     """A JPEG of noise in four octaves, about as many bytes as a photograph, with COCO-like boxes
     and a short caption; a pure function of `row`."""
-    import io
-
     import numpy as np
     from PIL import Image
 
@@ -598,10 +780,9 @@ def machine() -> dict[str, Any]:
     import torch
 
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = re.search(r"model name\s*: (.*)", info.read_text() if info.is_file() else "")
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": name[1] if name else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
@@ -613,9 +794,11 @@ def main(argv: list[str]) -> None:
     """Parse, measure, print; write the JSON that was asked for."""
     benches = (
         Annotated[SweepBench, tyro.conf.subcommand("sweep")]
-        | Annotated[TokenLossBench, tyro.conf.subcommand("token-loss")]
-        | Annotated[ScenesBench, tyro.conf.subcommand("scenes")]
+        | Annotated[TrainBench, tyro.conf.subcommand("train")]
+        | Annotated[TrainBench, tyro.conf.subcommand("token-loss", default=TOKEN_LOSS)]
+        | Annotated[MemoryBench, tyro.conf.subcommand("memory")]
         | Annotated[LoaderBench, tyro.conf.subcommand("loader")]
+        | Annotated[ScenesBench, tyro.conf.subcommand("scenes")]
     )
     bench: Bench = parse(benches, argv, "python scripts/bench.py", __doc__ or "")
     if bench.threads is not None:
@@ -623,6 +806,7 @@ def main(argv: list[str]) -> None:
         import torch
 
         torch.set_num_threads(bench.threads)
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip reports every construction there
     before, found = os.getloadavg(), bench.run()
     facts, after = machine(), os.getloadavg()
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -632,7 +816,7 @@ def main(argv: list[str]) -> None:
         f"{before[0]:.1f} before, {after[0]:.1f} after"
     )
     print(*found.notes, sep="\n")
-    print(f"\n{'':<42}{'':<12}{'wall: median [min, max]':>23}{'CPU: median [min, max]':>31}")
+    print(f"\n{'':<44}{'':<12}{'wall: median [min, max]':>23}{'CPU: median [min, max]':>31}")
     print(*found.rows, sep="\n")
     if bench.out is not None:
         config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(bench).items()}

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import mmap
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused
@@ -16,9 +18,16 @@ LABELS = {
         "scenes-vit: scoring, loops / ours",
         "without patch_auroc",
     ],
-    "token-loss --model scenes-vit --batch-size 2": ["scenes-vit: SuperCLIP / CLIP", "CLIP step"],
+    "train --model scenes-vit --step-batch-size 2 --num 4 --batch-size 2": [
+        "scenes-vit, steps: ours / open_clip_train",
+        "tiny-vit-224, photographs: ours / open_clip_train",
+        "SuperCLIP's time / CLIP's",
+        "ours, superclip",
+    ],
+    "token-loss --model scenes-vit --step-batch-size 2": ["SuperCLIP's time / CLIP's"],
+    "memory --steps 4 --model scenes-vit --batch-size 4": ["a tiny SuperCLIP's step"],
+    "loader --num 4 --batch-size 2": ["ours / open_clip_train", "reading and decoding alone"],
     "scenes --num 4": ["picture and graph", "with caption and boxes (Record)"],
-    "loader --num 4 --batch-size 2": ["ours / open_clip_train", "open_clip_train"],
 }
 
 
@@ -48,27 +57,83 @@ def test_a_subcommand_prints_its_table_and_writes_every_round(words, bench, tmp_
     assert "1 threads; 2 rounds" in printed and report["machine"]["threads"] == 1
 
 
-def test_the_loader_bench_reads_shards_that_are_given(bench, tmp_path, capsys):
-    """Ours and open_clip_train's count the same pictures, or the bench itself fails."""
+def test_benches_read_shards_that_are_given(bench, tmp_path, capsys):
+    """Ours and open_clip_train's hand on the same pictures, or the bench itself fails."""
     from superclip.data.shards import write_shards
 
     write_shards(((bench.photograph(row), [row]) for row in range(4)), tmp_path, "train")
     shards = str(tmp_path / "train-000000.tar")
-    bench.main(["loader", "--shards", shards, "--num", "4", "--batch-size", "2", "--rounds", "1"])
-    assert f"4 pictures a round ({shards}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds only 4 pictures"):
-        bench.main(["loader", "--shards", shards, "--num", "6", "--batch-size", "2"])
+    words = ["--shards", shards, "--batch-size", "2", "--rounds", "1", "--num"]
+    small = ["--model", "scenes-vit", "--step-batch-size", "2", "--workers", "2"]
+    for name in (["loader"], ["train", *small]):
+        bench.main([*name, *words, "4"])
+        assert f"4 pictures ({shards}" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="holds only 4 pictures"):
+            bench.main([*name, *words, "8"])
 
 
-def test_sides_take_turns_and_costs_are_combined_round_by_round(bench):
+def test_both_trainers_learn_from_the_same_batch(bench, tmp_path):
+    """The peer that is timed really trains: its loop and ours change weights, with every batch."""
+    from superclip.training.loop import fit
+
+    setup = bench.Setup(tmp_path, bench.tiny_model(tmp_path, 32), 2, steps=3)
+    peer, (run, state) = bench.Peer(setup), bench.our_run(setup, "clip")
+    batches = list(bench.our_batches(run, 0, 3))
+    theirs = [(state.model.normalise(batch.images), batch.tokens) for batch, _ in batches]
+    for model, train, items in (
+        (peer.model, peer.train, theirs),
+        (state.model, lambda feed: fit(run, state, feed), batches),
+    ):
+        before = [p.detach().clone() for p in model.parameters()]
+        feed = bench.Feed(lambda items=items: items, setup)
+        train(feed)
+        assert all((a != b).any() for a, b in zip(before, model.parameters()))
+        assert len(feed.waits) == 1
+        with pytest.raises(AssertionError, match="2 of 3 batches"):
+            train(bench.Feed(lambda items=items: items[:2], setup))
+    assert state.step == 5
+
+
+def test_the_token_term_on_paper_is_near_what_autograd_saves(bench):
+    """34 bytes a token, channel and layer, against the saved tensors of a real bf16 forward."""
+    from superclip.model.factory import build_clip, model_config
+
+    config = model_config("scenes-vit")
+    clip, held = build_clip(config), {}
+
+    def keep(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    count, (vision, text) = 64, (config["vision_cfg"], config["text_cfg"])
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        out = clip(torch.zeros(count, 3, 80, 80), torch.zeros(count, 20, dtype=torch.long))
+    for p in clip.parameters():
+        held.pop(p.untyped_storage().data_ptr(), None)
+    assert out is not None
+    cells = 26 * vision["width"] * vision["layers"] + 20 * text["width"] * text["layers"]
+    always = 16 * sum(p.numel() for p in clip.parameters())
+    line = bench.token_term("scenes-vit", 64)[0]
+    assert f"CLIP step {(always + 34 * count * cells) / 1e9:.2f} GB" in line
+    assert sum(held.values()) / (count * cells) == pytest.approx(34, rel=0.2)
+
+
+def test_resident_memory_counts_what_is_touched(bench):
+    before = bench.resident()
+    with mmap.mmap(-1, 10**8) as block:
+        block.write(b"1" * 10**8)
+        assert 95 < bench.resident() - before < 250
+
+
+def test_sides_take_turns(bench):
     calls = []
     sides = {name: lambda name=name: calls.append(name) for name in "ab"}
     costs = bench.interleave(sides, rounds=3)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
-    assert [len(series) for series in costs.values()] == [3, 3]
-    a, b = [bench.Cost(3, 8), bench.Cost(4, 6)], [bench.Cost(1, 2), bench.Cost(2, 2)]
-    assert bench.ratio(a, b) == [(3, 4), (2, 3)]
-    assert bench.total([a, b]) == [(4, 10), (6, 8)]
+    assert [series.shape for series in costs.values()] == [(3, 2), (3, 2)]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +146,7 @@ def test_sides_take_turns_and_costs_are_combined_round_by_round(bench):
     ],
 )
 def test_the_verdict_is_that_of_the_median(bench, target, verdict):
-    series = [bench.Cost(1, 3), bench.Cost(9, 3), bench.Cost(2, 3)]
+    series = np.array([[1, 3], [9, 3], [2, 3]])
     row = bench.Row("label", "ratio", series, target)
     assert row.verdict == verdict
     assert row.spread("wall") == (2, 1, 9)
@@ -90,3 +155,4 @@ def test_the_verdict_is_that_of_the_median(bench, target, verdict):
 def test_a_mistake_is_one_line():
     assert "--rounds 0" in refused("scripts.bench", "scenes", "--rounds", "0")
     assert "no multiple" in refused("scripts.bench", "loader", "--num", "65")
+    assert "for each reader" in refused("scripts.bench", "train", "--num", "64", "--workers", "2")

@@ -73,7 +73,7 @@ class SuperCLIP(nn.Module):
 
     def normalise(self, images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """The first operation on the device: uint8 pixels to the tower's input."""
-        return (images - self.mean) / self.std
+        return images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
 
     def encode_image(self, images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
         """Unit vectors of pictures."""
