@@ -38,6 +38,17 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: {parent} can't be written; name another place")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all; nothing half written stays where the disk is full."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command; a `UserError` becomes one line on stderr and exit status 2, no traceback.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from superclip.config import EvalConfig, is_scenes
-from superclip.errors import UserError, check_writable, run_command
+from superclip.errors import UserError, check_writable, replace_text, run_command
 
 if TYPE_CHECKING:
     from superclip.training.evaluators import Recall
@@ -31,9 +31,7 @@ def main(argv: list[str]) -> None:
         check_writable(config.out, "--out")
     report, path = evaluate(config)
     print(render(report))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
+    replace_text(path, json.dumps(report, indent=1) + "\n")
     print(f"\nwritten: {path}")
 
 

@@ -6,7 +6,9 @@ import contextlib
 import os
 import re
 import socket
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,6 +74,7 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
         try:
             store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+            store = PrefixStore(_session(store, rank, size, timeout.total_seconds()), store)
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timeout
             )
@@ -80,7 +83,7 @@ class World:
                 f"the {size} processes did not find one another at {env.get('MASTER_ADDR')}:"
                 f"{env.get('MASTER_PORT')} ({_first_line(error)})"
             ) from None
-        notes = PrefixStore(f"superclip-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        notes = PrefixStore("superclip", store)
         notes.set(f"host/{rank}", socket.gethostname())
         return World(rank, size, local_rank, target, notes)
 
@@ -178,6 +181,14 @@ class World:
 
     def roll_call(self) -> str:
         """Which ranks failed, and why, or do not answer; for the last words of those that live."""
+        told: list[str] = []
+        # A cable cut while the store waits for an answer is under no timeout of the store's.
+        asking = threading.Thread(target=lambda: told.append(self._ask_around()), daemon=True)
+        asking.start()
+        asking.join(2 * PATIENCE)
+        return told[0] if told else "the host of rank 0 does not answer"
+
+    def _ask_around(self) -> str:
         store = self.store
         assert store is not None
         try:
@@ -205,6 +216,33 @@ class World:
             return collective(*args, **options)
         except RuntimeError as error:
             raise PeerLost(_first_line(error)) from None
+
+
+def _session(store: Store, rank: int, size: int, timeout: float) -> str:
+    """A name for this meeting of the ranks, new every time and the same on all of them.
+
+    torchrun's store outlives a restart: what the dead wrote there (gloo's addresses among it) must
+    not be read by those who come after. Each rank calls with a word of its own until rank 0
+    answers to that very word. TORCHELASTIC_RESTART_COUNT would not do, agents count it apart.
+
+    Raises:
+        RuntimeError: if the others do not come in time.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        name = store.get(f"session/{mine}").decode()
+        store.add(f"met/{name}", 1)
+        return name
+    end = time.monotonic() + timeout
+    while store.add(f"met/{mine}", 0) < size - 1:
+        if time.monotonic() > end:
+            raise RuntimeError(f"not all of them came within {timeout:g} s")
+        for r in range(1, size):
+            if store.check([f"hello/{r}"]):
+                store.set(f"session/{store.get(f'hello/{r}').decode()}", mine)
+        time.sleep(0.05)
+    return mine
 
 
 def describe(error: Exception) -> str:

@@ -23,7 +23,7 @@ from superclip.data.scenes import caption_vocabulary
 from superclip.data.shards import is_stream
 from superclip.data.sources import contents, held_out_spec, open_source, shard_weights
 from superclip.data.stream import Stream
-from superclip.errors import UserError
+from superclip.errors import UserError, replace_text
 from superclip.losses import LOSSES, LossContext, build_loss
 from superclip.model.factory import (
     activation_name,
@@ -367,9 +367,7 @@ def _write_record(run: Run, argv: list[str]) -> None:
                 )
         record["command"] = old["command"]
         _refuse_other_data(old.get("data", {}), shards, run.directory)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def _refuse_other_data(old: dict[str, str], new: dict[str, str], out: Path) -> None:

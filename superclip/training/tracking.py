@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from superclip.errors import UserError
+from superclip.errors import UserError, replace_text
 from superclip.ops.phases import phase
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class Tracker:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start]
         self._evaluated = {int(_step_of(line)) for line in kept if '"loss"' not in line}
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
+        replace_text(path, "".join(line + "\n" for line in kept))
 
     def watch(self, batches: Iterable[T], start: int, plan: Plan) -> Iterator[T]:
         """The batches, with the time one waits for them noted; a bar on a terminal."""
