@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from superclip.ops.phases import phase
 from superclip.ops.world import World
 
 
@@ -57,12 +56,11 @@ class GradientReducer:
             yield
             for k in range(len(self._sent), len(self._buckets)):  # some parameters were not used
                 self._send(k)
-            with phase("communication"):
-                for wait, flat, used in self._sent:
-                    wait()
-                    parts = (flat / self.world.size).split([p.numel() for p in used])
-                    for p, part in zip(used, parts):
-                        p.grad = part.view_as(p)
+            for wait, flat, used in self._sent:
+                wait()
+                parts = (flat / self.world.size).split([p.numel() for p in used])
+                for p, part in zip(used, parts):
+                    p.grad = part.view_as(p)
         finally:
             self._sent = None
 

@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from superclip.errors import UserError
+from superclip.ops.phases import phase
 
 T = TypeVar("T")
 PATIENCE = 5.0
@@ -213,7 +214,8 @@ class World:
 
     def _call(self, collective: Callable[..., T], *args: Any, **options: Any) -> T:
         try:
-            return collective(*args, **options)
+            with phase("communication"):
+                return collective(*args, **options)
         except RuntimeError as error:
             raise PeerLost(_first_line(error)) from None
 

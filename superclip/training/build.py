@@ -86,10 +86,15 @@ def claim_directory(config: TrainConfig[Any]) -> bool:
         optim = dataclasses.replace(old.optim, global_batch_size=whole)
         found = differences(dataclasses.replace(old, optim=optim), config)
         if found:
-            keep = f"; --global-batch-size {whole} keeps it" if "global_batch" in found[0] else ""
+            kept = {"global_batch_size": whole, "precision": old.precision}
+            ways = [
+                f"; --{name.replace('_', '-')} {value} keeps it"
+                for name, value in kept.items()
+                if any(line.startswith(f"{name}:") for line in found)
+            ]
             raise UserError(
-                f"{out} holds another run ({'; '.join(found[:3])}){keep}; use another --out, or "
-                "--overwrite to delete it"
+                f"{out} holds another run ({'; '.join(found[:3])}){''.join(ways)}; use another "
+                "--out, or --overwrite to delete it"
             )
         final = out / "final_epoch.pt"
         return final.exists() and damage_of(final) is None

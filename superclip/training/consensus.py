@@ -10,7 +10,6 @@ import torch
 
 from superclip.errors import UserError
 from superclip.losses import Terms
-from superclip.ops.phases import phase
 from superclip.training.checkpoint import save_checkpoint
 from superclip.training.state import Run, TrainState
 
@@ -51,12 +50,11 @@ class Consensus:
         due = run.world.is_main and self._is_due()
         flags = [float(run.stop.received is not None), float(due), float(causes.total())]
         mine = torch.stack([terms[name].double() for name in names]).cpu()
-        with phase("communication"):
-            told = run.world.exchange(torch.cat([torch.tensor(flags, dtype=torch.float64), mine]))
-            if told[:, 2].any():
-                for found in run.world.gather_objects(dict(causes)):
-                    state.substituted += Counter(found)
-                self._check_skips(state)
+        told = run.world.exchange(torch.cat([torch.tensor(flags, dtype=torch.float64), mine]))
+        if told[:, 2].any():
+            for found in run.world.gather_objects(dict(causes)):
+                state.substituted += Counter(found)
+            self._check_skips(state)
         values = told[:, 3:]
         metrics = dict(zip(names, values.mean(0).tolist()))
         metrics["loss"] = sum(metrics.values())
