@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
+from superclip.config import TrainConfig
 from superclip.errors import check_writable, run_command
 from superclip.flags import command_line, parse_train
+from superclip.training.preemption import StopRequest
 
 
 def main(argv: list[str]) -> None:
     """Parse, build, run."""
     config = parse_train(argv)
+    with StopRequest() as stop:  # from here on, a request costs no more than one step
+        _train(config, stop)
+
+
+def _train(config: TrainConfig[Any], stop: StopRequest) -> None:
     import torch
 
     from superclip.data.stream import Stream
@@ -19,7 +27,6 @@ def main(argv: list[str]) -> None:
     from superclip.training.build import build_run, claim_directory, open_tracker, settled
     from superclip.training.checkpoint import resume, save_final
     from superclip.training.loop import fit, remaining_batches
-    from superclip.training.preemption import StopRequest
     from superclip.training.profile import profiled
 
     logging.getLogger().setLevel(
@@ -28,7 +35,7 @@ def main(argv: list[str]) -> None:
     check_writable(config.out, "--out")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with StopRequest() as stop, World.joined(config.device, config.timeout_minutes) as world:
+    with World.joined(config.device, config.timeout_minutes) as world:
         config = settled(config, world)
         if world.on_main(lambda: claim_directory(config)):
             if world.is_main:

@@ -169,8 +169,8 @@ class World:
                 outcome[0] = action()
             except (UserError, OSError) as error:
                 outcome[1] = describe(error)
-        if self.size > 1:
-            self._call(dist.broadcast_object_list, outcome, 0, device=torch.device("cpu"))
+        # Not a broadcast: gloo may not notice a dead peer on a rank that only sends.
+        outcome = self.gather_objects(outcome)[0]
         if outcome[1] is not None:
             raise UserError(outcome[1])
         return outcome[0]
@@ -273,7 +273,7 @@ def _adopt_slurm(env: Any) -> None:
         env["MASTER_ADDR"] = first_host(nodes)
     if "MASTER_ADDR" not in env:
         raise UserError("several SLURM tasks, but no MASTER_ADDR and no list of nodes; export it")
-    env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", 0)) % 20_000))
+    env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", 0)) % 12_000))
 
 
 def first_host(nodes: str) -> str:
@@ -304,7 +304,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {device}: {torch.cuda.device_count()} CUDA device(s) are visible; start as "
-            "many processes a node as it has GPUs"
+            "many processes a node as it has GPUs (SLURM: --gpus-per-node, not --gpus-per-task)"
         )
     return target
 

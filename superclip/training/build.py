@@ -125,7 +125,6 @@ def _remove_run(out: Path) -> None:
         return
     for path in [
         *out.glob("*.pt"),
-        *out.glob(".*.partial"),
         *out.glob("eval_*.json"),
         *(out / n for n in ("run.json", "metrics.jsonl")),
     ]:
@@ -255,6 +254,8 @@ def _refuse_disagreement(world: World, facts: dict[str, Any]) -> None:
 def _move_in(run: Run, argv: list[str]) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
     _lock(run.directory)
+    for path in run.directory.glob(".*.pt.partial"):  # of a run that was killed
+        path.unlink()
     if run.config.overwrite:
         _remove_run(run.directory)
     _write_record(run, argv)
