@@ -69,7 +69,8 @@ class TrainState:
         substituted: unreadable pictures replaced so far, over all ranks, by cause.
         nonfinite: updates left out because a loss or a gradient was not finite.
         norms: 0-d tensors measured in the last step; not part of a checkpoint.
-        finite: whether the last step's gradient was; not part of a checkpoint.
+        finite: whether the last step's gradient was, or a loss scale is being sought; not part of a
+            checkpoint.
     """
 
     model: SuperCLIP

@@ -117,9 +117,11 @@ def _update(state: TrainState, run: Run) -> None:
         f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
         for name, part in parts.items()
     }
-    state.finite = all(bool(norm.isfinite()) for norm in state.norms.values())
+    finite = all(bool(norm.isfinite()) for norm in state.norms.values())
+    scaling = state.scaler.is_enabled()  # it meets infinite ones by design, and lowers its scale
+    state.finite = finite or scaling
     before = _copies(parts) if run.plan.logs_at(state.step + 1) else None
-    if state.finite or state.scaler.is_enabled():  # the scaler itself leaves infinite ones out
+    if finite or scaling:
         state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

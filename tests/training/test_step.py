@@ -134,6 +134,16 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(built, batch):
         handle_nonfinite(run, state, batch, news)
 
 
+def test_a_loss_scale_that_is_too_large_is_halved_and_no_failure(built, batch):
+    run, state = built
+    state = copy.deepcopy(state)
+    before = copy.deepcopy(state.model.state_dict())
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    train_step(state, batch, run)
+    assert state.finite and state.scaler.get_scale() == 2.0**126
+    assert all(torch.equal(a, before[n]) for n, a in state.model.state_dict().items())
+
+
 def test_too_many_unreadable_pictures_stop_the_run_after_saving(built, batch):
     run, state = built
     state = copy.deepcopy(state)
