@@ -34,10 +34,11 @@ def is_scenes(spec: str) -> bool:
     return spec.partition(":")[0] == "scenes"
 
 
-def _at_least_one(options: Any, name: str) -> None:
-    value = getattr(options, name)
-    if value is not None and value < 1:
-        raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+def _at_least_one(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,7 @@ class OptimConfig:
     """Largest gradient norm, of the two towers and of the token head each by itself."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accum_freq", "global_batch_size"):
-            _at_least_one(self, name)
-        if self.epochs is not None and self.epochs < 1:
-            raise UserError(f"--epochs {self.epochs} must be at least 1")
+        _at_least_one(self, "batch_size", "accum_freq", "global_batch_size", "epochs")
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr {self.lr} must be above 0")
         if self.lr == math.inf:
@@ -280,10 +278,8 @@ class TrainConfig(Generic[Options]):
             raise UserError(
                 f"--loss {self.loss} takes {expected.__name__}, not {type(self.options).__name__}"
             )
-        for name in ("log_every", "save_frequency", "threads", "save_every", "keep_last"):
-            _at_least_one(self, name)
-        for name in ("log_grad_share", "profile"):
-            _at_least_one(self, name)
+        _at_least_one(self, "log_every", "save_frequency", "threads", "save_every", "keep_last")
+        _at_least_one(self, "log_grad_share", "profile")
         for name in ("save_every_minutes", "timeout_minutes"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e5:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is no time span")

@@ -104,7 +104,7 @@ def pack_coco(command: Coco) -> None:
         UserError: if the folder is not COCO's, or `out` holds something that must not be replaced.
     """
     from superclip.data.coco import CocoFolder, find_splits
-    from superclip.data.shards import write_manifest, write_shards
+    from superclip.data.shard_writer import write_manifest, write_shards
 
     shares, out = _shares(command.split_by_hash), command.out.resolve()
     _refuse_occupied(out, command.overwrite)

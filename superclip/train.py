@@ -24,8 +24,9 @@ def _train(config: TrainConfig[Any], stop: StopRequest) -> None:
 
     from superclip.data.stream import Stream
     from superclip.ops.world import World
-    from superclip.training.build import build_run, claim_directory, open_tracker, settled
+    from superclip.training.build import build_run, open_tracker, settled
     from superclip.training.checkpoint import resume, save_final
+    from superclip.training.folder import claim_directory
     from superclip.training.loop import fit, remaining_batches
     from superclip.training.profile import profiled
 

@@ -46,7 +46,7 @@ def refused(*words: str, cwd: Path = ROOT) -> str:
 def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard of 32 held-out scenes, so that an evaluation takes no time."""
     from superclip.data.scenes import Scenes
-    from superclip.data.shards import write_shards
+    from superclip.data.shard_writer import write_shards
 
     out, scenes = tmp_path_factory.mktemp("few"), Scenes("val", 32)
     write_shards(((scenes.read(row), [row]) for row in range(32)), out, "val")

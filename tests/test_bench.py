@@ -59,7 +59,7 @@ def test_a_subcommand_prints_its_table_and_writes_every_round(words, bench, tmp_
 
 def test_benches_read_shards_that_are_given(bench, tmp_path, capsys):
     """Ours and open_clip_train's hand on the same pictures, or the bench itself fails."""
-    from superclip.data.shards import write_shards
+    from superclip.data.shard_writer import write_shards
 
     write_shards(((bench.photograph(row), [row]) for row in range(4)), tmp_path, "train")
     shards = str(tmp_path / "train-000000.tar")

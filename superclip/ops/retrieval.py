@@ -51,7 +51,7 @@ def chance_recall(own: Sequence[int], candidates: int, k: int) -> float:
     """Expected recall at k of a random order: mean over queries of P(one of `own` right answers is
     in the top k).
 
-    >>> chance_recall([1], 500, 1), round(chance_recall([5], 5000, 10), 6)
+    >>> round(chance_recall([1], 500, 1), 6), round(chance_recall([5], 5000, 10), 6)
     (0.002, 0.009962)
     """
     counts = np.asarray(own)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
 import os
-import shutil
-import subprocess
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from superclip.config import SuperClipOptions, TrainConfig, differences, to_dict, train_config
+from superclip.config import SuperClipOptions, TrainConfig, to_dict
 from superclip.data.batch import Source
 from superclip.data.loader import Tokenize, TrainRows, limited, tokenizer_for
 from superclip.data.order import Order
 from superclip.data.scenes import caption_vocabulary
 from superclip.data.shards import is_stream
-from superclip.data.sources import contents, held_out_spec, open_source, shard_weights
+from superclip.data.sources import held_out_spec, open_source, shard_weights
 from superclip.data.stream import Stream
-from superclip.errors import UserError, replace_text
+from superclip.errors import UserError
 from superclip.losses import LOSSES, LossContext, build_loss
 from superclip.model.factory import (
     activation_name,
@@ -35,10 +30,11 @@ from superclip.model.factory import (
     tokenizer,
 )
 from superclip.model.superclip import SuperCLIP, TokenHead
-from superclip.model.weights import damage_of, state_sha256
+from superclip.model.weights import state_sha256
 from superclip.ops.reducer import GradientReducer
 from superclip.ops.world import World
 from superclip.training.evaluators import Encoder, Evaluator, Retrieval
+from superclip.training.folder import commit, move_in
 from superclip.training.optim import adamw, concrete_precision
 from superclip.training.preemption import StopRequest
 from superclip.training.state import Plan, Run, TrainState
@@ -60,76 +56,6 @@ def settled(config: TrainConfig[Any], world: World) -> TrainConfig[Any]:
         precision=concrete_precision(config.precision, world.device),
         optim=dataclasses.replace(config.optim, global_batch_size=whole),
     )
-
-
-def claim_directory(config: TrainConfig[Any]) -> bool:
-    """Make `--out` this run's own; True if the run in it is already finished.
-
-    Raises:
-        UserError: if another run stands there.
-    """
-    out = config.out
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    record = out / "run.json"
-    if record.exists():
-        if config.overwrite:
-            return False  # the old run goes once the new one is known to be buildable
-        try:
-            held = json.loads(record.read_text())
-            old = train_config(held["config"], str(record))
-            whole, _, _ = old.optim.dealt(held["world_size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{record} can't be read ({error}); use another --out or --overwrite"
-            ) from None
-        optim = dataclasses.replace(old.optim, global_batch_size=whole)
-        found = differences(dataclasses.replace(old, optim=optim), config)
-        if found:
-            kept = {"global_batch_size": whole, "precision": old.precision}
-            ways = [
-                f"; --{name.replace('_', '-')} {value} keeps it"
-                for name, value in kept.items()
-                if any(line.startswith(f"{name}:") for line in found)
-            ]
-            raise UserError(
-                f"{out} holds another run ({'; '.join(found[:3])}){''.join(ways)}; use another "
-                "--out, or --overwrite to delete it"
-            )
-        final = out / "final_epoch.pt"
-        return final.exists() and damage_of(final) is None
-    strangers = [p.name for pattern in ("*.pt", "metrics.jsonl") for p in out.glob(pattern)]
-    if strangers:
-        raise UserError(f"{out} holds {strangers[0]} but no run.json; use another --out")
-    return False
-
-
-def _lock(out: Path) -> None:
-    """Keep other processes off this run until this one ends, however it ends.
-
-    Raises:
-        UserError: if another process trains here.
-    """
-    descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {out}; use another --out") from None
-    except OSError as error:
-        print(f"warning: {out} can't be locked ({error.strerror}): let no other run write there")
-
-
-def _remove_run(out: Path) -> None:
-    """Delete what a run writes, and nothing else that may lie in the folder."""
-    if not (out / "run.json").exists():
-        return
-    for path in [
-        *out.glob("*.pt"),
-        *out.glob("eval_*.json"),
-        *(out / n for n in ("run.json", "metrics.jsonl")),
-    ]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(out / "sweep", ignore_errors=True)
 
 
 def build_run(
@@ -203,7 +129,7 @@ def build_run(
         _evaluators(config, preprocess, tokenize, world),
         stop or StopRequest(),
     )
-    world.on_main(lambda: _move_in(run, argv))
+    world.on_main(lambda: move_in(run, argv))
     return run, state
 
 
@@ -249,16 +175,6 @@ def _refuse_disagreement(world: World, facts: dict[str, Any]) -> None:
                 f"rank(s) {', '.join(map(str, odd))} have another {name} than rank 0; give every "
                 "node the same data, weights and packages"
             )
-
-
-def _move_in(run: Run, argv: list[str]) -> None:
-    run.directory.mkdir(parents=True, exist_ok=True)
-    _lock(run.directory)
-    for path in run.directory.glob(".*.pt.partial"):  # of a run that was killed
-        path.unlink()
-    if run.config.overwrite:
-        _remove_run(run.directory)
-    _write_record(run, argv)
 
 
 def open_tracker(run: Run, state: TrainState) -> Run:
@@ -349,63 +265,3 @@ def _evaluators(config, preprocess, tokenize, world: World) -> tuple[Evaluator, 
         preprocess, tokenize, world.device, config.precision, workers=config.data.workers
     )
     return (Retrieval("val", source, encoder, SCENES_POOL if source.name == "scenes" else None),)
-
-
-def _write_record(run: Run, argv: list[str]) -> None:
-    source = run.rows.source
-    shards = {} if isinstance(source, Stream) else contents(source)
-    record = {
-        "command": argv,
-        "config": to_dict(run.config),
-        "data": shards,
-        "steps_per_epoch": run.plan.steps_per_epoch,
-        "total_steps": run.plan.total_steps,
-        **run.facts,
-    }
-    path = run.directory / "run.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        for name in ("world_size", "threads", "versions", "device", "compile"):
-            if name in old and old[name] != record[name]:
-                print(
-                    f"warning: {name} was {old.get(name)}, is {record[name]}: not bit-equal to an "
-                    "undisturbed run"
-                )
-        record["command"] = old["command"]
-        _refuse_other_data(old.get("data", {}), shards, run.directory)
-    replace_text(path, json.dumps(record, indent=1) + "\n")
-
-
-def _refuse_other_data(old: dict[str, str], new: dict[str, str], out: Path) -> None:
-    """Raises:
-    UserError: if the files of the training data are not those that the run began with.
-    """
-    if not old or list(old.items()) == list(new.items()):
-        return
-    gone, added = [n for n in old if n not in new], [n for n in new if n not in old]
-    changed = [n for n in old if n in new and old[n] != new[n]]
-    told = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", gone), ("new", added), ("changed", changed))
-        if names
-    ]
-    raise UserError(
-        f"the training data is not what {out} began with: {', '.join(told) or 'another order'}; "
-        "bring it back, or use another --out"
-    )
-
-
-def commit() -> str:
-    """The commit of the source, with + where the tree differs from it; "unknown" outside a
-    checkout."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        head, dirty = (
-            subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if dirty else "")

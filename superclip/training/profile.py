@@ -40,6 +40,8 @@ def profiled(batches: Iterable[T], steps: int | None, directory: Path) -> Iterat
         path = directory / "profile_trace.json.gz"
         recorder.export_chrome_trace(str(path))
         print(f"{_table(_exclusive(events), wall, done)}\ntrace: {path}", flush=True)
+    else:
+        print(f"no profile: the run ended within its first {WARM} steps, which warm up", flush=True)
     yield from source
 
 

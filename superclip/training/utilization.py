@@ -24,8 +24,8 @@ DENSE_16_BIT_TFLOPS = {
 
 
 def flops(run: Run, model: SuperCLIP) -> tuple[float, float] | None:
-    """Operations a second that the run's GPUs do at best, and operations that one pair costs,
-    forward and backward (twice the forward); recomputation is not counted.
+    """Operations a second that the run's GPUs do at best, and operations that one pair costs
+    (recomputation is not counted).
 
     None on a CPU, in fp32, and on a GPU that is not in the table.
     """
@@ -36,12 +36,23 @@ def flops(run: Run, model: SuperCLIP) -> tuple[float, float] | None:
     peak = next((t for part, t in DENSE_16_BIT_TFLOPS.items() if part in name), None)
     if peak is None:
         return None
-    size, length = run.preprocess.size, run.model_config["text_cfg"].get("context_length", 77)
+    length = run.model_config["text_cfg"].get("context_length", 77)
+    return peak * 1e12 * run.world.size, pair_flops(model, run.preprocess.size, length)
+
+
+def pair_flops(model: SuperCLIP, size: int, length: int) -> float:
+    """Operations that one picture of `size` pixels with a text of `length` tokens costs, forward
+    and backward (twice the forward); a multiplication and an addition count as two."""
+    device = model.mean.device
     images = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
     tokens = torch.zeros(1, length, dtype=torch.long, device=device)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.encode_image(images)
-        model.encode_text(tokens)
-        head = 0 if model.token_head is None else 2 * model.token_head.linear.weight.numel()
-    return peak * 1e12 * run.world.size, 3.0 * (counter.get_total_flops() + head)
+    training = model.training
+    model.train()  # in evaluation torch's fused attention hides its operations from the counter
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.encode_image(images)
+            model.encode_text(tokens)
+    finally:
+        model.train(training)
+    head = 0 if model.token_head is None else 2 * model.token_head.linear.weight.numel()
+    return 3.0 * (counter.get_total_flops() + head)

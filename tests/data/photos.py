@@ -10,7 +10,8 @@ from PIL import Image
 from superclip.data.batch import Record
 from superclip.data.loader import Preprocess, StepSampler, TrainRows, train_batches
 from superclip.data.order import Order
-from superclip.data.shards import Shards, write_shards
+from superclip.data.shard_writer import write_shards
+from superclip.data.shards import Shards
 
 SIDE = 16
 PREPROCESS = Preprocess(SIDE, "squash", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

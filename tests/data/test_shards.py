@@ -17,13 +17,8 @@ from superclip.data import shards as module
 from superclip.data.batch import Boxes, Record
 from superclip.data.coco import CocoFolder
 from superclip.data.geometry import BadPicture
-from superclip.data.shards import (
-    Shards,
-    expand,
-    held_out_pattern,
-    write_manifest,
-    write_shards,
-)
+from superclip.data.shard_writer import write_manifest, write_shards
+from superclip.data.shards import Shards, expand, held_out_pattern
 from superclip.errors import UserError
 
 REAL = Path(os.environ.get("SUPERCLIP_REAL_DATA", Path(__file__).parents[3] / "shared/data"))

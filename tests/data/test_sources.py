@@ -10,7 +10,8 @@ from superclip.data.batch import Source
 from superclip.data.loader import StepSampler, train_batches
 from superclip.data.order import Order
 from superclip.data.scenes import Scenes
-from superclip.data.shards import Shards, write_manifest, write_shards
+from superclip.data.shard_writer import write_manifest, write_shards
+from superclip.data.shards import Shards
 from superclip.data.sources import Mixture, held_out_spec, open_source, shard_weights
 from superclip.errors import UserError
 

@@ -21,6 +21,7 @@ from superclip.model.factory import (
 )
 from superclip.model.superclip import SuperCLIP, TokenHead
 from superclip.model.weights import load_checkpoint, newest_checkpoint, read_tensors, state_sha256
+from superclip.training.utilization import pair_flops
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -207,3 +208,22 @@ def test_newest_checkpoint_is_numeric(tmp_path):
     assert newest_checkpoint(tmp_path).name == "final_epoch.pt"
     with pytest.raises(UserError, match="no checkpoint"):
         newest_checkpoint(tmp_path / "empty")
+
+
+def test_operations_of_a_pair_are_those_of_the_architecture():
+    """By hand, in multiplications: patches, then in each layer 12 width^2 a token and 2 width a
+    pair of tokens, then the projection."""
+
+    def tower(tokens, width, layers, out):
+        return layers * (12 * tokens * width**2 + 2 * tokens**2 * width) + width * out
+
+    clip = build_clip(model_config("scenes-vit")).eval()
+    vision, text = (model_config("scenes-vit")[f"{part}_cfg"] for part in ("vision", "text"))
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    by_hand = patches * vision["width"] * 3 * vision["patch_size"] ** 2
+    by_hand += tower(patches + 1, vision["width"], vision["layers"], 128)
+    by_hand += tower(text["context_length"], text["width"], text["layers"], 128)
+    model = SuperCLIP(clip, MEAN, STD, TokenHead(128, 49408)).eval()
+    found = pair_flops(model, vision["image_size"], text["context_length"])
+    assert found == pytest.approx(6 * (by_hand + 128 * 49408), rel=1e-6)
+    assert not model.training

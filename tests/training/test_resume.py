@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import command, refused
 
+from superclip.data.scenes import Scenes
+from superclip.data.shard_writer import write_shards
 from superclip.training.tracking import PACE
 
 WORDS = "superclip.train --train-num-samples 256 --batch-size 32 --head-vocab seen --log-every 1"
@@ -83,3 +85,20 @@ def test_the_run_is_recorded(undisturbed):
     metrics = [json.loads(x) for x in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 9))
     assert metrics[-1].keys() >= {"val_i2t_R@1", "val_t2i_median_rank"}
+
+
+def test_data_that_changed_between_runs_is_refused_and_named(few_scenes, tmp_path):
+    """Until it is brought back."""
+    tar, out = tmp_path / "train.tar", tmp_path / "run"
+    tar.write_bytes(few_scenes.read_bytes())
+    words = f"superclip.train --train-data {tar} --val-data {few_scenes} --batch-size 8 --epochs 1"
+    words = [*words.split(), "--save-every", "2", "--head-vocab", "seen", "--out", str(out)]
+    assert command(*words).returncode == 0
+    for name in ("final_epoch.pt", "epoch_1.pt"):
+        (out / name).unlink()
+    scenes = Scenes("tune", 32)
+    write_shards(((scenes.read(row), [row]) for row in range(32)), tmp_path, "other")
+    (tmp_path / "other-000000.tar").replace(tar)
+    assert f"1 changed ({tmp_path.name}/train.tar)" in refused(*words)
+    tar.write_bytes(few_scenes.read_bytes())
+    assert "resuming from step_2.pt" in command(*words).stdout
