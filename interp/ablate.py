@@ -113,9 +113,9 @@ def ablate_heads(ckpt: Path, results: SweepResults, config: AblateConfig) -> dic
     from interp.hooked import HookedVisionTransformer
     from interp.subject import open_subject
     from superclip.data.loader import tokenizer_for
+    from superclip.evaluation.encode import Encoder
     from superclip.model.factory import tokenizer
     from superclip.ops.world import choose_device
-    from superclip.training.evaluators import Encoder
 
     subject, run = open_subject(ckpt)
     if subject.facts["sha256"] != results.manifest["checkpoint"]["sha256"]:

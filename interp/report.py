@@ -23,6 +23,7 @@ champion_vs_challenger.gif beside it. Every number is computed anew from the res
 beside the checkpoint and ablation.json beside the results are shown where they stand."""
 
 ABLATION_SCHEMA = 1
+EVALUATION_SCHEMA = 2
 
 
 def main(argv: list[str]) -> None:
@@ -102,12 +103,12 @@ def build(folders: Sequence[Path], challenger: Head | None = None) -> list[Sheet
         opened[facts] = results
     sheets = []
     for number, (folder, results) in enumerate(zip(folders, opened.values()), start=1):
-        retrieval = read_retrieval(folder, results)
+        evaluation = read_evaluation(folder, results)
         ablation = read_ablation(folder, results)
         findings = analyse(results)
         rival = challenger_of(findings, challenger)
         slug = f"sweep-{number}"
-        sheets.append(draw(slug, results, findings, retrieval, ablation, rival, len(folders)))
+        sheets.append(draw(slug, results, findings, evaluation, ablation, rival, len(folders)))
     return sheets
 
 
@@ -144,11 +145,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_retrieval(folder: Path, results: SweepResults) -> dict[str, Any] | None:
-    """The evaluation beside the checkpoint, if it is of this very checkpoint."""
-    found = read_json(folder.resolve().parent / "eval_val.json")
+def read_evaluation(folder: Path, results: SweepResults) -> dict[str, Any] | None:
+    """The evaluation beside the checkpoint, if it is of this very checkpoint.
+
+    Raises:
+        UserError: if it is of another schema.
+    """
+    path = folder.resolve().parent / "eval_val.json"
+    found = read_json(path)
     sha256 = results.manifest["checkpoint"]["sha256"]
-    return found if found and found.get("checkpoint", {}).get("sha256") == sha256 else None
+    if not found or found.get("checkpoint", {}).get("sha256") != sha256:
+        return None
+    if found.get("schema") != EVALUATION_SCHEMA:
+        raise UserError(
+            f"{path} has schema {found.get('schema')}; this version reads schema "
+            f"{EVALUATION_SCHEMA}: measure again (superclip.evaluate --overwrite)"
+        )
+    return found
 
 
 def read_ablation(folder: Path, results: SweepResults) -> dict[str, Any] | None:
@@ -194,7 +207,7 @@ def rebuild_commands(
         run = read_json(checkpoint.with_name("run.json")) if checkpoint else None
         if run:
             lines.append(_train_line(run))
-        if sheet.retrieval:
+        if sheet.evaluation:
             lines.append(_line("superclip.evaluate", *subject))
         lines.append(
             _line("interp.sweep", *subject, *_sweep_flags(sheet.results), "--out", str(folder))

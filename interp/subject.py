@@ -31,6 +31,7 @@ def open_subject(
         return _plain_weights(model, pretrained, ckpt), None
     found = load_checkpoint(ckpt or newest_checkpoint(Path("logs")))
     config = found.config
+    assert config is not None
     scratch = config.model.pretrained is None
     facts = {
         "sha256": found.sha256,
@@ -55,25 +56,16 @@ def open_subject(
 
 
 def _plain_weights(model: str, pretrained: str | None, path: Path | None) -> Subject:
-    from superclip.model.factory import build_clip, load_pretrained, model_config, preprocess_for
-    from superclip.model.superclip import SuperCLIP
-    from superclip.model.weights import state_sha256
+    from superclip.model.weights import load_plain
 
-    if (pretrained is None) == (path is None):
-        raise UserError("--model needs either --pretrained TAG or --ckpt FILE of open_clip weights")
-    config = model_config(model)
-    clip = build_clip(config)
-    tag = load_pretrained(clip, model, config, pretrained or str(path))
-    preprocess = preprocess_for(config, "crop", tag)
+    found = load_plain(model, pretrained, path)
     facts: dict[str, Any] = {
-        "sha256": state_sha256(clip.state_dict()),
+        "sha256": found.sha256,
         "model": model,
         "loss": "unknown",
         "pretrained": pretrained or "a local file",
     }
-    return Subject(
-        SuperCLIP(clip, preprocess.mean, preprocess.std).eval(), config, preprocess, facts
-    )
+    return Subject(found.model, found.model_config, found.preprocess, facts)
 
 
 def open_pictures(

@@ -32,7 +32,7 @@ both() { # run one command per arm side by side; the output follows when both ar
     echo "   ($((SECONDS - began)) s since the start)"
 }
 train() { python -m superclip.train --recipe "scenes-$1" --threads 1 --out "$out/$1"; }
-evaluate() { python -m superclip.evaluate --ckpt "$out/$1/final_epoch.pt"; }
+evaluate() { python -m superclip.evaluate --ckpt "$out/$1/final_epoch.pt" --overwrite; }
 sweep() { python -m interp.sweep --ckpt "$out/$1/final_epoch.pt" --threads 1; }
 ablate() { python -m interp.ablate --ckpt "$out/$1/final_epoch.pt" --threads 1; }
 
@@ -61,9 +61,9 @@ import sys
 
 failed = []
 for arm in ("superclip", "clip"):
-    for row in json.load(open(f"{sys.argv[1]}/{arm}/eval_val.json"))["retrieval"]:
-        if row["metric"] == "R@1" and not row["low"] > row["chance"]:
-            failed.append(f"{arm} {row['direction']} R@1 {row['value']:.3f}, chance {row['chance']:.3f}")
+    for row in json.load(open(f"{sys.argv[1]}/{arm}/eval_val.json"))["results"][0]["rows"]:
+        if row["measure"].endswith("R@1") and not row["low"] > row["chance"]:
+            failed.append(f"{arm} {row['measure']} {row['value']:.3f}, chance {row['chance']:.3f}")
 if failed:
     sys.exit("error: not above chance by its interval: " + "; ".join(failed))
 PY

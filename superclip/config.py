@@ -257,6 +257,11 @@ class TrainConfig(Generic[Options]):
     """Epochs between checkpoints (open_clip's name)."""
     keep_last: int | None = free(None)
     """Keep only this many of the newest epoch_K.pt and step_N.pt. Default: all."""
+    eval_every: int | None = free(None)
+    """Steps between evaluations on held-out data, beside the one at the end of every epoch."""
+    keep_best: str | None = free(None)
+    """A metric of that evaluation (val_i2t_R@1, val_t2i_median_rank, ...): best.pt holds the model
+    that did best in it. Chosen on held-out data, so judge it on other data."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: stop and keep the batch that caused it, or
     skip the update and count it."""
@@ -279,6 +284,7 @@ class TrainConfig(Generic[Options]):
                 f"--loss {self.loss} takes {expected.__name__}, not {type(self.options).__name__}"
             )
         _at_least_one(self, "log_every", "save_frequency", "threads", "save_every", "keep_last")
+        _at_least_one(self, "eval_every")
         _at_least_one(self, "log_grad_share", "profile")
         for name in ("save_every_minutes", "timeout_minutes"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e5:
@@ -301,39 +307,101 @@ class TrainConfig(Generic[Options]):
         return self.optim.lr or (5e-4 if self.model.pretrained is None else 5e-5)
 
 
+Task = Literal["retrieval", "zeroshot", "compositional", "probe"]
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """What `superclip.evaluate` measures."""
 
-    ckpt: Path | None = None
-    """A checkpoint. Default: the newest under logs/ (numeric order)."""
+    ckpt: tuple[Path, ...] = ()
+    """Checkpoints: one, or one a seed of the same recipe. Default: the newest under logs/ (numeric
+    order)."""
+    against: tuple[Path, ...] = ()
+    """Checkpoints to compare with, on the same pictures: one, or one a seed."""
+    model: str | None = None
+    """An open_clip model name, for --ckpt or --pretrained weights that bring no configuration."""
+    pretrained: str | None = None
+    """With --model: an open_clip tag instead of --ckpt."""
+    tasks: tuple[Task, ...] = ()
+    """Default: retrieval and whatever data is named for below; on scenes all but the probe."""
     val_data: str | None = None
-    """Data to evaluate on, spelled like --train-data. Default: the checkpoint's held-out data."""
+    """Retrieval: pictures and captions, spelled like --train-data. Default: the checkpoint's
+    held-out data."""
     split: Literal["val", "train"] = "val"
     """train evaluates on the training data itself, as a check of convergence."""
-    protocol: Literal["all-captions", "first-caption"] = "all-captions"
-    """all-captions: any of a picture's captions counts, both directions. first-caption: one caption
-    a picture, image to text only (the protocol of small fine-tuning studies)."""
+    protocol: Literal["all-captions", "first-caption", "coco-5k", "coco-1k", "flickr"] = (
+        "all-captions"
+    )
+    """all-captions: any of a picture's captions counts. first-caption: one caption a picture (small
+    fine-tuning studies). coco-5k, coco-1k (mean of five folds), flickr: the published ones, five
+    captions a picture; refused where the data has another number of pictures."""
     num: int | None = None
     """Pictures to use. Default: all; 2 000 on scenes."""
     pool: int | None = None
     """Candidates per retrieval pool. Default: all pictures; 500 on scenes."""
+    zeroshot: str | None = None
+    """Zero-shot classification: a folder of class folders (ImageNet's val), tar shards with .cls, a
+    folder in CLIP_benchmark's layout, coco:FOLDER[:SPLIT] (80 labels, mAP), or scenes[:SPLIT]."""
+    classnames: Path | None = None
+    """Names of the classes: JSON {folder: name}, `folder name` lines, or one name a line in the
+    order of the sorted folders. Default: ImageNet's names of WordNet ids, else the folders'."""
+    templates: str | None = None
+    """openai (80 prompts), simple (7), or a file with one template a line and a slot {} or {c}.
+    Default: what the data brings, else openai."""
+    compositional: tuple[str, ...] = ()
+    """Compositional checks: JSON files (ours or SugarCrepe's) or a folder of them, or
+    scenes[:SPLIT], which writes its own from the scene graph."""
+    images: Path | None = None
+    """Folder of the pictures that --compositional names."""
+    probe: str | None = None
+    """Linear probe: labelled training pictures, spelled like --zeroshot."""
+    probe_test: str | None = None
+    """Labelled test pictures. Default: 30 % of --probe, dealt by a hash of their ids."""
+    effect: float = 2.0
+    """With --against: the true difference (points; ranks) for which the power is stated."""
     batch_size: int = 64
+    workers: int = 0
+    """Reader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1."""
+    precision: Precision = "fp32"
+    """Features in fp32 compare to the last digit; amp_bf16 and amp are faster on a GPU."""
     bootstrap: int = 2000
     """Draws of the bootstrap over pictures."""
     out: Path | None = None
-    """JSON file. Default: eval_SPLIT.json beside the checkpoint; with --val-data, --num, --pool or
-    --protocol a name of its own, so that no measurement replaces another."""
+    """JSON file. Default: eval_SPLIT.json beside the checkpoint (with other options than the
+    default ones a name of its own); with --against, compare_HASH.json beside the first."""
+    overwrite: bool = False
+    """Replace that file."""
 
     def __post_init__(self) -> None:
         for name, least in (("num", 2), ("pool", 2), ("batch_size", 1), ("bootstrap", 100)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        if self.val_data is not None and not self.val_data:
-            raise UserError("--val-data is empty; name held-out data, or leave the flag out")
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers} must not be negative")
+        if not 0 < self.effect < math.inf:
+            raise UserError(f"--effect {self.effect} must be above 0")
+        for name in ("val_data", "zeroshot", "probe", "probe_test"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name.replace('_', '-')} is empty; name data, or leave it out")
+        for task in ("zeroshot", "compositional", "probe"):
+            named, wanted = bool(getattr(self, task)), task in self.tasks
+            if named and self.tasks and not wanted:
+                raise UserError(f"--{task} names data, but --tasks leaves {task} out")
+        if self.probe_test is not None and self.probe is None:
+            raise UserError("--probe-test goes with --probe")
+        if self.probe is None and "probe" in self.tasks:
+            raise UserError("--tasks probe needs --probe DATA")
+        if self.pretrained is not None and (self.model is None or self.ckpt):
+            raise UserError("--pretrained TAG goes with --model NAME, in the place of --ckpt")
+        for name in ("classnames", "templates"):
+            if getattr(self, name) is not None and not (self.zeroshot or "zeroshot" in self.tasks):
+                raise UserError(f"--{name} goes with --zeroshot DATA")
+        if self.images is not None and not self.compositional:
+            raise UserError("--images goes with --compositional FILE")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

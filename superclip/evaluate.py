@@ -1,5 +1,5 @@
-"""`python -m superclip.evaluate`: retrieval with intervals and chance levels, from a checkpoint
-alone."""
+"""`python -m superclip.evaluate`: what checkpoints can do, with intervals and chance levels; and
+whether one does better than another."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from superclip.config import EvalConfig, is_scenes
+from superclip.config import EvalConfig
 from superclip.errors import UserError, check_writable, replace_text, run_command
 
 if TYPE_CHECKING:
-    from superclip.training.evaluators import Recall
+    from superclip.evaluation.measures import Result
+    from superclip.evaluation.tasks import Evaluation
+    from superclip.model.weights import Checkpoint
 
-DESCRIPTION = """Retrieval of a checkpoint on held-out data: R@1/5/10 and median rank, each with n,
-a bootstrap 95 % interval over pictures and the chance level. With no flags: the newest checkpoint
-under logs/ on its own held-out split. Writes eval_SPLIT.json beside the checkpoint."""
+DESCRIPTION = """What a checkpoint can do on held-out data, each number with n, a bootstrap 95 %
+interval over pictures and the chance level. With no flags: the newest checkpoint under logs/ on its
+own held-out split; writes eval_SPLIT.json beside it.
+
+With --against, two arms on the same pictures: difference, interval, p-value and power, over
+pictures and, where an arm has several checkpoints, over their seeds. "Better" is said only where
+the interval says so and there are seeds enough (6 pairs, or 4 a side of unlike seeds).
+
+  python -m superclip.evaluate --ckpt a/seed*/final_epoch.pt --against b/seed*/final_epoch.pt
+  python -m superclip.evaluate --zeroshot imagenet/val --probe imagenet/train
+  python -m superclip.evaluate --val-data coco:data/coco --protocol coco-5k
+  python -m superclip.evaluate --model ViT-B-32-quickgelu --pretrained openai --val-data coco:DIR
+"""
 
 
 def main(argv: list[str]) -> None:
@@ -27,140 +39,191 @@ def main(argv: list[str]) -> None:
 
     config = parse(EvalConfig, argv, "python -m superclip.evaluate", DESCRIPTION)
     logging.getLogger().setLevel(logging.ERROR)
-    if config.out is not None:
-        check_writable(config.out, "--out")
-    report, path = evaluate(config)
-    print(render(report))
-    replace_text(path, json.dumps(report, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+    if config.against:
+        compare_arms(config)
+    else:
+        evaluate(config)
 
 
-def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:
-    """Every number of the report as plain values, and where it belongs.
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Measure one checkpoint; print and write its report.
 
     Raises:
-        UserError: if checkpoint or data are missing or unusable.
+        UserError: if checkpoint or data are missing or unusable, or the report is there already.
     """
-    from dataclasses import asdict
-
-    from superclip.data.loader import tokenizer_for
-    from superclip.data.sources import held_out_spec, open_source
-    from superclip.model.factory import tokenizer
-    from superclip.model.weights import load_checkpoint, newest_checkpoint
+    from superclip.evaluation.tables import SCHEMA, result_lines, rows_of
+    from superclip.evaluation.tasks import Evaluation
     from superclip.ops.world import choose_device
-    from superclip.training.evaluators import Encoder, retrieval_table, scene_category_accuracy
-    from superclip.training.optim import concrete_precision
 
-    device = choose_device(config.device)
-    checkpoint = load_checkpoint(config.ckpt or newest_checkpoint(Path("logs")))
-    data = checkpoint.config.data
-    if config.split == "train":
-        spec = config.val_data or data.train_data
-    else:
-        spec = config.val_data or data.val_data or held_out_spec(data.train_data)
-    scenes = is_scenes(spec)
-    num = config.num or (2000 if scenes else None)
-    source = open_source(
-        spec, num if scenes else None, data.data_seed, held_out=config.split == "val"
-    )
-    if num is not None and num > source.num_images:
-        raise UserError(f"--num {num}: {spec} holds only {source.num_images} pictures")
-    if config.pool is not None and config.pool > (num or source.num_images):
+    if len(config.ckpt) > 1:
         raise UserError(
-            f"--pool {config.pool} is larger than the {num or source.num_images} pictures"
+            f"--ckpt names {len(config.ckpt)} files; one at a time, or two arms with --against"
         )
-    encoder = Encoder(
-        checkpoint.preprocess,
-        tokenizer_for(tokenizer(checkpoint.model_config)),
-        device,
-        concrete_precision("auto", device) if device.type == "cuda" else "fp32",
-        config.batch_size,
-    )
-    model = checkpoint.model.to(device)
-    first = config.protocol == "first-caption"
-    features = encoder.encode(model, source, first, range(num or source.num_images))
-    pool = config.pool or (min(500, source.num_images) if scenes else None)
-    directions = ("image-to-text",) if first else ("image-to-text", "text-to-image")
-    rows = retrieval_table(features, pool, config.bootstrap, directions)
+    evaluation = Evaluation(config, choose_device(config.device))
+    path = _default_ckpt(config)
+    default = Path("eval.json") if path is None else path.with_name(f"eval_{_name(config)}.json")
+    out = _claimed(config, default)
+    (checkpoint,) = _open(config, () if path is None else (path,))
     report: dict[str, Any] = {
-        "checkpoint": {
-            "file": checkpoint.path.name,
-            "sha256": checkpoint.sha256,
-            "epoch": checkpoint.epoch,
-        },
-        "loss": checkpoint.config.loss,
-        "lr": checkpoint.config.lr,
-        "model": checkpoint.config.model.model,
-        "activation": checkpoint.facts["activation"],
-        "data": {"name": source.name, "spec": spec, "sha256": source.digest, "split": config.split},
-        "protocol": config.protocol,
+        "schema": SCHEMA,
+        "checkpoint": _facts(checkpoint),
         "bootstrap_draws": config.bootstrap,
-        "retrieval": [asdict(row) for row in rows],
+        "results": [],
     }
-    if scenes:
-        report["ceilings"] = _ceilings(features.captions, pool or len(features.captions), rows)
-        report["category_accuracy"] = scene_category_accuracy(
-            model, encoder, features, config.bootstrap
-        )
-    asked = (config.val_data, config.num, config.pool, config.protocol)
-    plain = asked == (None, None, None, "all-captions")
-    tag = "" if plain else "-" + hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
-    path = config.out or checkpoint.path.with_name(f"eval_{config.split}{tag}.json")
-    return report, path
-
-
-def _ceilings(
-    captions: Sequence[str], pool: int, rows: Sequence[Recall]
-) -> dict[str, dict[str, float]]:
-    """Mean over the pools of what a perfect model, and a perfect model blind to categories, can
-    reach."""
-    import numpy as np
-
-    from superclip.data.scenes import retrieval_ceilings
-
-    starts = range(0, rows[0].pictures, pool)
-    found = [retrieval_ceilings(captions[start : start + pool]) for start in starts]
-    return {
-        name: {f"R@{k}": float(np.mean([f[name][k] for f in found])) for k in (1, 5, 10)}
-        for name in ("category_blind", "caption_collision")
-    }
-
-
-def render(report: dict[str, Any]) -> str:
-    """The report as text."""
-    checkpoint, data = report["checkpoint"], report["data"]
-    lines = [
-        f"{report['loss']} {report['model']} ({report['activation']}), {checkpoint['file']} epoch "
-        f"{checkpoint['epoch']}, "
-        f"sha256 {checkpoint['sha256'][:12]}; {data['spec']} ({data['split']}), protocol "
-        f"{report['protocol']}",
-        "",
-        f"{'direction':<15}{'metric':<13}{'value':>8}  {'95 % interval':<18}{'chance':>8}"
-        f"{'queries':>9}{'pool':>7}",
-    ]
-    for row in report["retrieval"]:
-        scale = 1 if row["metric"] == "median rank" else 100
-        interval = f"[{row['low'] * scale:.1f}, {row['high'] * scale:.1f}]"
-        lines.append(
-            f"{row['direction']:<15}{row['metric']:<13}{row['value'] * scale:>8.1f}  {interval:<18}"
-            f"{row['chance'] * scale:>8.1f}{row['queries']:>9}{row['candidates']:>7}"
-        )
-    if "ceilings" in report:
-        for name, values in report["ceilings"].items():
-            shown = "  ".join(f"{k} {100 * v:.1f}" for k, v in values.items())
-            lines.append(f"ceiling, {name.replace('_', '-')} model, image-to-text: {shown}")
-        accuracy = report["category_accuracy"]
-        if accuracy is not None:
-            lines.append(
-                f"zero-shot category accuracy {100 * accuracy['value']:.1f} "
-                f"[{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}], "
-                f"chance {100 * accuracy['chance']:.1f}, n = {accuracy['n']} one-object scenes"
-            )
-    lines.append(
-        "ties (identical captions) count against the model; intervals: bootstrap over pictures of "
-        "this one model, without any spread over seeds"
+    print(_headline(checkpoint))
+    for found in evaluation.run(checkpoint):
+        told = {
+            "task": found.task,
+            "data": found.data,
+            "rows": rows_of(found, config.bootstrap),
+            "notes": found.notes,
+        }
+        report["results"].append(told)
+        print("", *result_lines(told), sep="\n", flush=True)
+    print(
+        "\nties count against the model; intervals: bootstrap over pictures of this one model, "
+        "without any spread over seeds"
     )
-    return "\n".join(lines)
+    replace_text(out, json.dumps(report, indent=1) + "\n")
+    print(f"written: {out}")
+    return report
+
+
+def compare_arms(config: EvalConfig) -> dict[str, Any]:
+    """Measure two arms on the same pictures; print and write what may be said of them.
+
+    Raises:
+        UserError: if an arm is not one recipe, or the arms saw different pictures.
+    """
+    from superclip.evaluation.tables import SCHEMA, difference_lines, differences_of
+    from superclip.evaluation.tasks import (
+        Evaluation,
+        seeds_of_one_recipe,
+        share_initial_weights,
+    )
+    from superclip.ops.world import choose_device
+
+    path = _default_ckpt(config)
+    mine = config.ckpt or (() if path is None else (path,))
+    arms = [_open(config, mine), _open(config, config.against)]
+    for arm, flag in zip(arms, ("--ckpt", "--against")):
+        seeds_of_one_recipe(arm, flag)
+        arm.sort(key=lambda c: -1 if c.config is None else c.config.seed)
+    shas = [[c.sha256 for c in arm] for arm in arms]
+    if set(shas[0]) & set(shas[1]):
+        raise UserError("--ckpt and --against share a checkpoint; nothing to compare")
+    tag = hashlib.sha256(json.dumps([shas, _asked(config)]).encode()).hexdigest()[:8]
+    out = _claimed(config, arms[0][0].path.with_name(f"compare_{tag}.json"))
+    evaluation = Evaluation(config, choose_device(config.device))
+    results = [[_results(evaluation, c) for c in arm] for arm in arms]
+    if len({len(r) for arm in results for r in arm}) > 1:
+        raise UserError("the checkpoints bring different data; name it, or the --tasks, for all")
+    paired = share_initial_weights(*arms)
+    rows = differences_of(results[0], results[1], paired, config.effect, config.bootstrap)
+    for name, arm in zip(("first: ", "second:"), arms):
+        print(name, _headline(arm[0]), f"{len(arm)} checkpoint(s), seeds", *map(_seed, arm))
+    seeds = "pictures" if len(arms[0]) == len(arms[1]) == 1 else "seeds and pictures"
+    pairing = "pairs of equal seed and initial weights" if paired else "arms of unlike seeds"
+    print(f"{pairing}; tested over {seeds}: {results[0][0][0].data['name']}\n")
+    print(*difference_lines(rows), sep="\n")
+    print(
+        "\n80 % at: the true difference that this test finds in 80 % of cases; power(x): the "
+        "chance to find a true x.\np and intervals are of each row alone; Holm adjusts p for all "
+        "rows. descriptive: too few seeds for any seed-level test to reach p = .05."
+    )
+    report = {
+        "schema": SCHEMA,
+        "first": [_facts(c) for c in arms[0]],
+        "second": [_facts(c) for c in arms[1]],
+        "paired": paired,
+        "bootstrap_draws": config.bootstrap,
+        "data": {found.task: found.data for found in results[0][0]},
+        "values": {
+            f"{found.task} {measure.name}": [
+                [r[t].measures[m].statistic.value for r in arm] for arm in results
+            ]
+            for t, found in enumerate(results[0][0])
+            for m, measure in enumerate(found.measures)
+        },
+        "differences": rows,
+    }
+    replace_text(out, json.dumps(report, indent=1) + "\n")
+    print(f"written: {out}")
+    return report
+
+
+def _results(evaluation: Evaluation, checkpoint: Checkpoint) -> list[Result]:
+    print(f"measuring {checkpoint.path}", flush=True)
+    return list(evaluation.run(checkpoint))
+
+
+def _default_ckpt(config: EvalConfig) -> Path | None:
+    """The file to look at; None for a published tag."""
+    from superclip.model.weights import newest_checkpoint
+
+    if config.model is not None and not config.ckpt:
+        return None
+    return config.ckpt[0] if config.ckpt else newest_checkpoint(Path("logs"))
+
+
+def _open(config: EvalConfig, paths: Sequence[Path]) -> list[Checkpoint]:
+    from superclip.model.weights import load_checkpoint, load_plain
+
+    if not paths:
+        return [load_plain(str(config.model), config.pretrained)]
+    if config.model is not None and paths is not config.against:
+        return [load_plain(config.model, None, path) for path in paths]
+    return [load_checkpoint(path) for path in paths]
+
+
+def _asked(config: EvalConfig) -> dict[str, str]:
+    """Options that decide the numbers and are not at their default."""
+    free = {"ckpt", "against", "split", "out", "overwrite", "device", "batch_size", "workers"}
+    default = EvalConfig()
+    names = [n for n in vars(config) if n not in free]
+    return {n: str(getattr(config, n)) for n in names if getattr(config, n) != getattr(default, n)}
+
+
+def _name(config: EvalConfig) -> str:
+    """Of a report: that of the split, and a hash of what is asked for beyond the default."""
+    asked = _asked(config)
+    told = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    return f"{config.split}-{told}" if asked else config.split
+
+
+def _claimed(config: EvalConfig, default: Path) -> Path:
+    out = config.out or default
+    check_writable(out, "--out")
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out} exists; --overwrite measures anew, --out FILE writes elsewhere")
+    return out
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    return {
+        "file": checkpoint.path.name,
+        "sha256": checkpoint.sha256,
+        "epoch": checkpoint.epoch,
+        "model": checkpoint.facts["model"] if config is None else config.model.model,
+        "activation": checkpoint.facts["activation"],
+        "loss": None if config is None else config.loss,
+        "lr": None if config is None else config.lr,
+        "seed": None if config is None else config.seed,
+    }
+
+
+def _seed(checkpoint: Checkpoint) -> str:
+    return "unknown" if checkpoint.config is None else str(checkpoint.config.seed)
+
+
+def _headline(checkpoint: Checkpoint) -> str:
+    told = _facts(checkpoint)
+    recipe = f"{told['loss']} lr {told['lr']:g}, " if told["loss"] else ""
+    return (
+        f"{recipe}{told['model']} ({told['activation']}), {told['file']} epoch {told['epoch']}, "
+        f"sha256 {told['sha256'][:12]}"
+    )
 
 
 if __name__ == "__main__":

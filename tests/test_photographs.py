@@ -32,10 +32,11 @@ def test_held_out_photographs_are_known_from_the_checkpoint(trained):
     done = command("superclip.evaluate", "--ckpt", str(trained / "final_epoch.pt"))
     assert done.returncode == 0, done.stderr
     report = json.loads((trained / "eval_val.json").read_text())
-    rows = {(r["direction"], r["metric"]): r for r in report["retrieval"]}
-    assert rows["image-to-text", "R@1"]["queries"] == 119
-    assert rows["text-to-image", "R@1"]["queries"] == 595
-    assert rows["text-to-image", "R@1"]["chance"] == pytest.approx(1 / 119)
+    [result] = report["results"]
+    rows = {row["measure"]: row for row in result["rows"]}
+    assert rows["image-to-text R@1"]["queries"] == 119
+    assert rows["text-to-image R@1"]["queries"] == 595
+    assert rows["text-to-image R@1"]["chance"] == pytest.approx(1 / 119)
     words = (
         "--split",
         "train",
@@ -47,8 +48,8 @@ def test_held_out_photographs_are_known_from_the_checkpoint(trained):
     done = command("superclip.evaluate", "--ckpt", str(trained / "final_epoch.pt"), *words)
     assert done.returncode == 0, done.stderr
     report = json.loads((trained / "first.json").read_text())
-    assert {r["direction"] for r in report["retrieval"]} == {"image-to-text"}
-    assert report["retrieval"][0]["candidates"] == report["retrieval"][0]["queries"] == 129
+    row = report["results"][0]["rows"][0]
+    assert row["candidates"] == row["queries"] == 129
 
 
 def test_sweep_of_boxes_on_photographs(trained, real_data, tmp_path):

@@ -54,14 +54,14 @@ class Sheet:
 
     Attributes:
         slug: names its section and its picture files.
-        retrieval: `eval_val.json` of the same checkpoint. ablation: `ablation.json` of the same
+        evaluation: `eval_val.json` of the same checkpoint. ablation: `ablation.json` of the same
             pictures.
     """
 
     slug: str
     results: SweepResults
     findings: Findings
-    retrieval: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
     ablation: dict[str, Any] | None
     heat_map: Picture
     layers: Picture
@@ -82,7 +82,7 @@ class Sheet:
 
     @property
     def limits(self) -> list[str]:
-        return words.limits(self.results, self.findings, self.retrieval, self.ablation)
+        return words.limits(self.results, self.findings, self.evaluation, self.ablation)
 
     @property
     def closest_untrained(self) -> Interval | None:
@@ -134,7 +134,7 @@ def draw(
     slug: str,
     results: SweepResults,
     findings: Findings,
-    retrieval: dict[str, Any] | None,
+    evaluation: dict[str, Any] | None,
     ablation: dict[str, Any] | None,
     challenger: Head | None,
     sheets: int = 1,
@@ -159,7 +159,7 @@ def draw(
         slug,
         results,
         findings,
-        retrieval,
+        evaluation,
         ablation,
         _themed(figures.heat_map, results, findings, figures.heat_map_marks(findings)),
         _themed(

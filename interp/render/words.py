@@ -261,7 +261,7 @@ def removal(ablation: dict[str, Any]) -> list[str]:
 def limits(
     results: SweepResults,
     findings: Findings,
-    retrieval: dict[str, Any] | None,
+    evaluation: dict[str, Any] | None,
     ablation: dict[str, Any] | None,
 ) -> list[str]:
     """What was not established, from what is present and what the intervals leave open."""
@@ -303,7 +303,7 @@ def limits(
         found.append("That the champion tells objects from clutter.")
     if manifest["trained_pictures_allowed"]:
         found.append("Unseen pictures: pictures that the checkpoint was trained on were allowed.")
-    if retrieval is None:
+    if evaluation is None:
         found.append("How well the model retrieves: no evaluation of this checkpoint stands by.")
     seed = manifest["checkpoint"].get("seed")
     found += [

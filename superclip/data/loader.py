@@ -226,8 +226,7 @@ def train_batches(
 
 
 class EvalRows(Dataset[tuple[np.ndarray, Record]]):
-    """Row -> (uint8 `[3, s, s]`, record without its pixels); nothing is replaced, an unreadable
-    picture raises."""
+    """Row -> (uint8 `[3, s, s]`, record); nothing is replaced, an unreadable picture raises."""
 
     def __init__(self, source: Source, preprocess: Preprocess, rows: Sequence[int] | None = None):
         self.source, self.preprocess = source, preprocess
@@ -236,15 +235,17 @@ class EvalRows(Dataset[tuple[np.ndarray, Record]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def read(self, index: int) -> tuple[np.ndarray, Record]:
+        """The same; one unreadable picture raises `BadPicture` or `OSError`."""
+        record = self.source.read(self.rows[index])
+        return render(record.picture, self.preprocess.geometry(record)), record
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, Record]:
-        row = self.rows[index]
         try:
-            record = self.source.read(row)
-            return render(record.picture, self.preprocess.geometry(record)), record
+            return self.read(index)
         except (BadPicture, OSError) as error:
-            raise UserError(
-                f"{self.source.name}: picture {self.source.keys[row]} can't be read: {error}"
-            ) from None
+            key = self.source.keys[self.rows[index]]
+            raise UserError(f"{self.source.name}: picture {key} can't be read: {error}") from None
 
 
 def limited(shard_sizes: tuple[int, ...], num: int | None, name: str) -> tuple[int, ...]:

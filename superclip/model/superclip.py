@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from superclip.errors import UserError
 from superclip.model.output import ClipOutput
 
 
@@ -79,6 +80,29 @@ class SuperCLIP(nn.Module):
         """Unit vectors of pictures."""
         return F.normalize(self.clip.encode_image(self.normalise(images)), dim=-1)
 
+    def encode_patches(
+        self, images: UInt8[Tensor, "b 3 s s"]
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b w"]]:
+        """Unit vectors of pictures, and the means of their final patch tokens.
+
+        Raises:
+            UserError: if the tower has no patch tokens.
+        """
+        if not hasattr(self.clip.visual, "forward_intermediates") or not self.patch_width:
+            raise UserError("this vision tower has no patch tokens; only its pooled feature")
+        return self._pooled_and_patches(self.normalise(images))
+
+    @property
+    def patch_width(self) -> int:
+        """Width of the vision tower's tokens; 0 where it is no native transformer."""
+        embedding = getattr(self.clip.visual, "class_embedding", None)
+        return 0 if embedding is None else len(embedding)
+
+    @property
+    def feature_width(self) -> int:
+        """Dimensions of the joint space."""
+        return int(self.clip.visual.output_dim)
+
     def encode_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """Unit vectors of texts."""
         return F.normalize(self.clip.encode_text(tokens), dim=-1)
@@ -106,11 +130,14 @@ class SuperCLIP(nn.Module):
         if head is None or head.source == "pooled":
             features = self.clip.encode_image(pixels)
             return F.normalize(features, dim=-1), None if head is None else features
+        return self._pooled_and_patches(pixels)
+
+    def _pooled_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         out = self.clip.visual.forward_intermediates(
             pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
         )
-        patches = out["image_intermediates"][-1]
-        return F.normalize(out["image_features"], dim=-1), patches.mean(1)
+        means = out["image_intermediates"][-1].mean(1)
+        return F.normalize(out["image_features"], dim=-1), means
 
     def _read(self, tokens: Tensor) -> Tensor:
         return self.encode_text(tokens)

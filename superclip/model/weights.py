@@ -23,7 +23,13 @@ from torch import Tensor
 from superclip.config import TrainConfig, train_config
 from superclip.data.loader import Preprocess
 from superclip.errors import UserError
-from superclip.model.factory import build_clip
+from superclip.model.factory import (
+    activation_name,
+    build_clip,
+    load_pretrained,
+    model_config,
+    preprocess_for,
+)
 from superclip.model.superclip import SuperCLIP, TokenHead
 
 SCHEMA = 1
@@ -77,9 +83,10 @@ class Checkpoint:
     """A trained model and what is known about it.
 
     Attributes:
+        path: the file; of a published tag, its name.
         model: in evaluation mode, on the CPU.
-        config: the run's configuration.
-        facts: `data_digest`, `init_sha256`, `activation`, ... as plain values.
+        config: the run's configuration; None for plain open_clip weights.
+        facts: `data_sha256`, `init_sha256`, `activation`, ... as plain values.
     """
 
     path: Path
@@ -87,7 +94,7 @@ class Checkpoint:
     model: SuperCLIP
     model_config: dict[str, Any]
     preprocess: Preprocess
-    config: TrainConfig[Any]
+    config: TrainConfig[Any] | None
     epoch: int
     facts: dict[str, Any]
 
@@ -131,8 +138,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def load_plain(model: str, pretrained: str | None = None, path: Path | None = None) -> Checkpoint:
+    """Plain open_clip weights: a published tag, or a local file.
+
+    Raises:
+        UserError: unless exactly one of the two is given, or for what `load_pretrained` refuses.
+    """
+    if (pretrained is None) == (path is None):
+        raise UserError("--model needs either --pretrained TAG or --ckpt FILE of open_clip weights")
+    config = model_config(model)
+    clip = build_clip(config)
+    tag = load_pretrained(clip, model, config, pretrained or str(path))
+    preprocess = preprocess_for(config, "crop", tag)
+    return Checkpoint(
+        path or Path(f"{model}-{pretrained}"),
+        state_sha256(clip.state_dict()),
+        SuperCLIP(clip, preprocess.mean, preprocess.std).eval(),
+        config,
+        preprocess,
+        None,
+        0,
+        {"model": model, "activation": activation_name(clip.visual)},
+    )
+
+
 def load_into(module: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """`load_state_dict`, strict, with one line for tensors of another architecture."""
+    texts = ("token_embedding", "text_projection", "transformer.", "text.")
+    sees = any(name.startswith("visual.") for name in state)
+    if sees and not any(name.startswith(texts) for name in state):
+        raise UserError(f"{path} has no text tower; give a checkpoint of a whole CLIP model")
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

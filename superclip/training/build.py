@@ -12,13 +12,14 @@ import torch
 
 from superclip.config import SuperClipOptions, TrainConfig, to_dict
 from superclip.data.batch import Source
-from superclip.data.loader import Tokenize, TrainRows, limited, tokenizer_for
+from superclip.data.loader import Preprocess, Tokenize, TrainRows, limited, tokenizer_for
 from superclip.data.order import Order
 from superclip.data.scenes import caption_vocabulary
 from superclip.data.shards import is_stream
 from superclip.data.sources import held_out_spec, open_source, shard_weights
 from superclip.data.stream import Stream
-from superclip.errors import UserError
+from superclip.errors import UserError, nearest
+from superclip.evaluation.encode import Encoder
 from superclip.losses import LOSSES, LossContext, build_loss
 from superclip.model.factory import (
     activation_name,
@@ -31,11 +32,12 @@ from superclip.model.factory import (
 )
 from superclip.model.superclip import SuperCLIP, TokenHead
 from superclip.model.weights import state_sha256
+from superclip.ops.precision import concrete_precision
 from superclip.ops.reducer import GradientReducer
 from superclip.ops.world import World
-from superclip.training.evaluators import Encoder, Evaluator, Retrieval
+from superclip.training.evaluators import Evaluator, Retrieval
 from superclip.training.folder import commit, move_in
-from superclip.training.optim import adamw, concrete_precision
+from superclip.training.optim import adamw
 from superclip.training.preemption import StopRequest
 from superclip.training.state import Plan, Run, TrainState
 from superclip.training.tracking import Tracker, open_mirror
@@ -100,6 +102,7 @@ def build_run(
         clip.set_grad_checkpointing()
     if config.model.compile:
         model.compile_towers()
+    stop = stop or StopRequest()
     state = TrainState(
         model,
         build_loss(config.loss, config.options, context).to(world.device),
@@ -126,8 +129,8 @@ def build_run(
         facts,
         config.out,
         Tracker(None),
-        _evaluators(config, preprocess, tokenize, world),
-        stop or StopRequest(),
+        _evaluators(config, preprocess, tokenize, world, stop),
+        stop,
     )
     world.on_main(lambda: move_in(run, argv))
     return run, state
@@ -155,6 +158,7 @@ def _plan(config: TrainConfig[Any], order: Order, world: World) -> Plan:
         config.save_every,
         config.save_frequency,
         config.log_grad_share,
+        config.eval_every,
     )
 
 
@@ -250,8 +254,18 @@ def _vocab_ids(head: TokenHead) -> torch.Tensor | None:
     return ids
 
 
-def _evaluators(config, preprocess, tokenize, world: World) -> tuple[Evaluator, ...]:
-    """Retrieval on the held-out data, where the run knows any."""
+def _evaluators(
+    config: TrainConfig[Any],
+    preprocess: Preprocess,
+    tokenize: Tokenize,
+    world: World,
+    stop: StopRequest,
+) -> tuple[Evaluator, ...]:
+    """Retrieval on the held-out data, where the run knows any.
+
+    Raises:
+        UserError: if `--keep-best` names no metric of theirs.
+    """
     spec = config.data.val_data
     if spec is None:
         try:
@@ -259,9 +273,26 @@ def _evaluators(config, preprocess, tokenize, world: World) -> tuple[Evaluator, 
         except UserError as error:
             if world.is_main:
                 print(f"no evaluation during training: {error}", flush=True)
-            return ()
+            return _checked_best(config, ())
     source = open_source(spec, seed=config.data.data_seed, held_out=True)
     encoder = Encoder(
-        preprocess, tokenize, world.device, config.precision, workers=config.data.workers
+        preprocess,
+        tokenize,
+        world.device,
+        config.precision,
+        workers=config.data.workers,
+        world=world,
+        interrupted=lambda: stop.received is not None,
     )
-    return (Retrieval("val", source, encoder, SCENES_POOL if source.name == "scenes" else None),)
+    pool = SCENES_POOL if source.name == "scenes" else None
+    return _checked_best(config, (Retrieval("val", source, encoder, pool),))
+
+
+def _checked_best(
+    config: TrainConfig[Any], evaluators: tuple[Evaluator, ...]
+) -> tuple[Evaluator, ...]:
+    names = [name for evaluator in evaluators for name in evaluator.names]
+    if config.keep_best is not None and config.keep_best not in names:
+        way_out = nearest(config.keep_best, names) if names else "name data with --val-data"
+        raise UserError(f"--keep-best {config.keep_best!r} is never measured; {way_out}")
+    return evaluators

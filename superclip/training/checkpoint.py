@@ -53,6 +53,22 @@ def save_final(run: Run, state: TrainState) -> Path:
     return path
 
 
+def save_best(run: Run, state: TrainState, metrics: dict[str, float]) -> None:
+    """Write `best.pt`, weights and facts alone, if `--keep-best` is better than in every evaluation
+    on record."""
+    name = run.config.keep_best
+    assert name is not None
+    sign = -1 if name.endswith("rank") else 1
+
+    def write() -> None:
+        if all(sign * metrics[name] > sign * seen for seen in run.tracker.recorded(name)):
+            best = {"metric": name, "value": metrics[name], "step": state.step}
+            write_atomically(weights_and_facts(run, state) | {"best": best}, path)
+
+    path = run.directory / "best.pt"
+    run.world.on_main(write)
+
+
 def weights_and_facts(run: Run, state: TrainState) -> dict[str, Any]:
     """What `final_epoch.pt` holds, and every other checkpoint too."""
     return {

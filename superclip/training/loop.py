@@ -10,11 +10,11 @@ import torch
 from superclip.data.batch import Batch
 from superclip.data.loader import StepSampler, train_batches
 from superclip.data.stream import Stream, stream_batches
-from superclip.training.checkpoint import save_checkpoint
+from superclip.evaluation.encode import Interrupted
+from superclip.training.checkpoint import save_best, save_checkpoint
 from superclip.training.consensus import Consensus
 from superclip.training.evaluators import run_evaluators
 from superclip.training.nonfinite import handle_nonfinite
-from superclip.training.preemption import Stopped
 from superclip.training.state import Run, TrainState
 from superclip.training.step import train_step
 
@@ -42,27 +42,23 @@ def fit(run: Run, state: TrainState, batches: Batches) -> bool:
 
 
 def evaluate(run: Run, state: TrainState) -> bool:
-    """Log all evaluators' metrics of this step, unless they are in the record; the main rank
-    measures.
+    """Log all evaluators' metrics of this step, unless they are in the record, and keep the best
+    model; every rank encodes its share.
 
-    False if it was asked to stop meanwhile; the run then makes up for it when it goes on.
+    False if a rank was asked to stop meanwhile; the run then makes up for it when it goes on.
     """
-
-    def measure() -> bool:
-        if run.tracker.has_evaluation(state.step):
-            return True
-        try:
-            with run.stop.interrupts():
-                metrics = dict(run_evaluators(run.evaluators, state.model))
-        except Stopped:
-            return False
-        run.tracker.log(state.step, metrics)
+    if not run.evaluators or run.world.on_main(lambda: run.tracker.has_evaluation(state.step)):
         return True
-
-    done = not run.evaluators or run.world.on_main(measure)
-    if not done and not run.plan.saves_at(state.step):
-        save_checkpoint(run, state)
-    return done
+    try:
+        metrics = dict(run_evaluators(run.evaluators, state.model))
+    except Interrupted:
+        if not run.plan.saves_at(state.step):
+            save_checkpoint(run, state)
+        return False
+    if run.config.keep_best is not None:
+        save_best(run, state, metrics)
+    run.tracker.log(state.step, metrics)
+    return True
 
 
 def remaining_batches(run: Run, state: TrainState) -> Iterator[tuple[Batch, Counter[str]]]:

@@ -6,9 +6,9 @@ import torch
 
 from superclip.data.batch import Batch
 from superclip.errors import UserError
+from superclip.ops.precision import autocast
 from superclip.training.checkpoint import weights_and_facts, write_atomically
 from superclip.training.consensus import News
-from superclip.training.optim import autocast
 from superclip.training.state import Run, TrainState
 
 

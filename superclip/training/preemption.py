@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Iterator
 from typing import Any
-
-
-class Stopped(Exception):
-    """A stop request came inside a block that may be left at any point."""
 
 
 class StopRequest:
@@ -21,7 +15,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._interrupting = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -33,22 +26,5 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def interrupts(self) -> Iterator[None]:
-        """Inside, a request does not wait for the end of a step.
-
-        Raises:
-            Stopped: at once, wherever the block is, or before it begins.
-        """
-        self._interrupting = True
-        try:
-            if self.received:
-                raise Stopped
-            yield
-        finally:
-            self._interrupting = False
-
     def _note(self, number: int, _: object) -> None:
         self.received = signal.Signals(number).name
-        if self._interrupting:
-            raise Stopped

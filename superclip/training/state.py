@@ -39,6 +39,7 @@ class Plan:
     save_every: int | None = None
     save_frequency: int = 1
     log_grad_share: int | None = None
+    eval_every: int | None = None
 
     @property
     def total_steps(self) -> int:
@@ -51,7 +52,8 @@ class Plan:
         return self.log_grad_share is not None and step % self.log_grad_share == 0
 
     def evaluates_at(self, step: int) -> bool:
-        return step > 0 and step % self.steps_per_epoch == 0
+        between = self.eval_every is not None and step % self.eval_every == 0
+        return step > 0 and (step % self.steps_per_epoch == 0 or between)
 
     def saves_at(self, step: int) -> bool:
         epoch_end = (

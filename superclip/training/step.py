@@ -12,7 +12,7 @@ from superclip.data.batch import Batch
 from superclip.losses import Terms
 from superclip.model.output import ClipOutput
 from superclip.ops.phases import phase
-from superclip.training.optim import autocast
+from superclip.ops.precision import autocast
 from superclip.training.schedule import cosine
 from superclip.training.shares import TermGradients
 from superclip.training.state import Run, TrainState

@@ -116,6 +116,11 @@ class Tracker:
         """Whether the record holds this step's evaluation."""
         return step in self._evaluated
 
+    def recorded(self, name: str) -> list[float]:
+        """A metric in all lines of the record that have it."""
+        lines = [] if self.path is None else self.path.read_text().splitlines()
+        return [values[name] for values in map(json.loads, lines) if name in values]
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line in the record and one on the screen."""
         if self.path is None or not metrics:

@@ -25,8 +25,8 @@ def run(tmp_path_factory):
     results.save(run / "sweep")
     sha256 = results.manifest["checkpoint"]["sha256"]
     row = {
-        "direction": "image-to-text",
-        "metric": "R@1",
+        "measure": "image-to-text R@1",
+        "percent": True,
         "value": 0.1234,
         "low": 0.1,
         "high": 0.2,
@@ -38,11 +38,16 @@ def run(tmp_path_factory):
     (run / "eval_val.json").write_text(
         json.dumps(
             {
+                "schema": 2,
                 "checkpoint": {"sha256": sha256},
-                "protocol": "all-captions",
                 "bootstrap_draws": 2000,
-                "data": {"name": "scenes", "split": "val"},
-                "retrieval": [row],
+                "results": [
+                    {
+                        "task": "retrieval",
+                        "data": {"name": "scenes", "protocol": "all-captions"},
+                        "rows": [row],
+                    }
+                ],
             }
         )
     )
@@ -173,7 +178,7 @@ def test_limits_follow_what_is_present(sheets):
     everything = " ".join(sheet.limits)
     assert "no ablation stands" not in everything and "retrieves" not in everything
     assert "2 untrained towers of the 5" in everything and "uncommitted" in everything
-    bare = " ".join(replace(sheet, retrieval=None, ablation=None).limits)
+    bare = " ".join(replace(sheet, evaluation=None, ablation=None).limits)
     assert "no ablation stands" in bare and "How well the model retrieves" in bare
 
 
@@ -235,7 +240,7 @@ def test_evaluation_of_another_checkpoint_is_left_out(tmp_path):
     small_sweep(seed=2).save(tmp_path / "sweep")
     (tmp_path / "eval_val.json").write_text(json.dumps({"checkpoint": {"sha256": "other"}}))
     [sheet] = build([tmp_path / "sweep"])
-    assert sheet.retrieval is None and any("retrieves" in limit for limit in sheet.limits)
+    assert sheet.evaluation is None and any("retrieves" in limit for limit in sheet.limits)
 
 
 def test_command_writes_once(run, tmp_path, capsys):

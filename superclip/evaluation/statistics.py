@@ -1,0 +1,273 @@
+"""Intervals of one model, and differences of two, over pictures and seeds.
+
+Pictures are the inner level: they are drawn with all their captions, and the same draws serve both
+models. Seeds are the outer level: training again gives another model, and a claim about a recipe
+must survive that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from superclip.evaluation.measures import Mean, Measure
+
+LEVEL = 0.95
+_BLOCK = 2**24  # weights drawn at a time: 128 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % bootstrap interval over pictures."""
+
+    value: float
+    low: float
+    high: float
+
+
+def picture_weights(
+    pictures: int, draws: int, seed: int = 0
+) -> Iterator[Float[np.ndarray, "block n"]]:
+    """How often each picture counts in each draw; the same for every model and measure."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0xB007]))
+    step = max(1, _BLOCK // pictures)
+    share = np.full(pictures, 1 / pictures)
+    for start in range(0, draws, step):
+        yield rng.multinomial(pictures, share, size=min(step, draws - start)).astype(float)
+
+
+def redrawn(
+    measures: Sequence[Measure], draws: int, seed: int = 0
+) -> Float[np.ndarray, "measures draws"]:
+    """Every measure in every draw of the pictures; they must be of the same pictures."""
+    (pictures,) = {m.statistic.pictures for m in measures}
+    blocks = [
+        np.stack([m.statistic(weights) for m in measures])
+        for weights in picture_weights(pictures, draws, seed)
+    ]
+    return np.concatenate(blocks, axis=1)
+
+
+def intervals(measures: Sequence[Measure], draws: int, seed: int = 0) -> list[Interval]:
+    """Percentile intervals over pictures."""
+    edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    found: dict[int, Interval] = {}
+    for pictures in {m.statistic.pictures for m in measures}:  # folds may use fewer than all
+        places = [k for k, m in enumerate(measures) if m.statistic.pictures == pictures]
+        drawn = redrawn([measures[k] for k in places], draws, seed)
+        for k, row in zip(places, drawn):
+            low, high = np.nanquantile(row, edges)
+            found[k] = Interval(measures[k].statistic.value, float(low), float(high))
+    return [found[k] for k in range(len(measures))]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First arm minus second, of one measure.
+
+    Attributes:
+        first, second: means over seeds.
+        value, low, high: the difference and its 95 % interval.
+        p: two-sided. test: how it was found.
+        seeds: models of each arm. paired: whether they share seeds and initial weights.
+        power: chance that this test finds a true difference of `effect`. detectable: the true
+            difference that it finds in 80 % of cases. (Power at the observed difference would
+            repeat the p-value: Hoenig and Heisey 2001.)
+        verdict: what may be said.
+    """
+
+    name: str
+    first: float
+    second: float
+    value: float
+    low: float
+    high: float
+    p: float
+    test: str
+    seeds: tuple[int, int]
+    paired: bool
+    effect: float
+    power: float
+    detectable: float
+    verdict: str
+
+
+def compare(
+    first: Sequence[Measure],
+    second: Sequence[Measure],
+    paired: bool,
+    effect: float,
+    draws: int,
+    seed: int = 0,
+) -> Difference:
+    """Two arms on the same pictures: one measure of each of their models.
+
+    One model each: percentile interval of the paired bootstrap over pictures; p from McNemar's
+    exact test by picture where the values are hits, else from the bootstrap. Several: the variance
+    of the mean difference has a part from seeds, one from pictures, and one from both that each of
+    the two holds once (two-way clustering: Cameron, Gelbach and Miller 2011), and Student's t with
+    Satterthwaite's degrees of freedom.
+
+    Args:
+        paired: model k of both arms had the same seed and initial weights.
+        effect: difference for which the power is stated, in the unit of the measure.
+    """
+    arms = [np.array([m.statistic.value for m in arm]) for arm in (first, second)]
+    value = float(arms[0].mean() - arms[1].mean())
+    a, b = redrawn(first, draws, seed), redrawn(second, draws, seed)
+    if len(first) == len(second) == 1:
+        drawn = a[0] - b[0]
+        low, high = map(float, np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+        error, freedom = float(np.nanstd(drawn)), math.inf
+        if first[0].hits:
+            p, test = mcnemar_by_picture(_gains(first[0], second[0])), "McNemar by picture"
+        else:
+            below, above = (drawn <= 0).sum(), (drawn >= 0).sum()
+            p = min(1.0, 2 * (1 + float(min(below, above))) / (1 + len(drawn)))
+            test = "paired bootstrap"
+    else:
+        error, freedom = _two_way_error(arms, a, b, paired)
+        half = _quantile(freedom) * error
+        low, high = value - half, value + half
+        p, test = _two_sided(value, error, freedom), "t over seeds and pictures"
+    return Difference(
+        name=first[0].name,
+        first=float(arms[0].mean()),
+        second=float(arms[1].mean()),
+        value=value,
+        low=low,
+        high=high,
+        p=p,
+        test=test,
+        seeds=(len(first), len(second)),
+        paired=paired,
+        effect=effect,
+        power=power(effect, error, freedom),
+        detectable=detectable(error, freedom),
+        verdict=_verdict(low, high, p, first[0].higher_is_better, len(first), len(second), paired),
+    )
+
+
+def _gains(first: Measure, second: Measure) -> Float[np.ndarray, " n"]:
+    """How many more hits each picture has with the first model."""
+    one, other = first.statistic, second.statistic
+    assert isinstance(one, Mean) and isinstance(other, Mean)
+    return one.sums - other.sums
+
+
+def mcnemar_by_picture(gains: Float[np.ndarray, " n"]) -> float:
+    """Exact two-sided p that swapping the two models' answers, picture by picture, changes nothing.
+
+    With one query a picture this is McNemar's exact test. With several, captions of a picture are
+    not independent, so they are swapped together; the null distribution of the sum of signed gains
+    is the convolution of one binomial for every size of gain.
+
+    Args:
+        gains: whole numbers, hits of the first model minus hits of the second.
+    """
+    from scipy.stats import binom
+
+    gains = np.rint(gains).astype(int)
+    sizes, counts = np.unique(np.abs(gains[gains != 0]), return_counts=True)
+    if not len(sizes):
+        return 1.0
+    null = np.ones(1)  # of the sum over positive gains minus negative ones, from its least value
+    for size, count in zip(sizes, counts):
+        steps = np.zeros(2 * size * count + 1)
+        steps[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        null = np.convolve(null, steps)
+    middle, seen = len(null) // 2, abs(int(gains.sum()))
+    return float(min(1.0, null[middle + seen :].sum() + null[: middle - seen + 1].sum()))
+
+
+def _two_way_error(
+    arms: Sequence[np.ndarray], a: np.ndarray, b: np.ndarray, paired: bool
+) -> tuple[float, float]:
+    """Standard error of the mean difference, and its degrees of freedom."""
+    over_pictures = float(np.nanvar(a.mean(0) - b.mean(0)))
+    if paired:
+        groups = [(arms[0] - arms[1], a - b)]
+    else:
+        groups = [(arms[0], a), (arms[1], b)]
+    over_seeds, both, terms = 0.0, 0.0, 0.0
+    for values, drawn in groups:
+        k = len(values)
+        if k > 1:
+            part = float(values.var(ddof=1)) / k
+            over_seeds += part
+            terms += part**2 / (k - 1)
+            both += float(np.nanvar(drawn - drawn.mean(0), axis=1).sum()) / (k * (k - 1))
+    # The part from pictures has as many degrees of freedom as pictures: infinite beside the seeds.
+    variance = over_seeds + max(over_pictures - both, 0.0)
+    return math.sqrt(variance), variance**2 / terms if terms else math.inf
+
+
+def _quantile(freedom: float) -> float:
+    from scipy.stats import norm, t
+
+    upper = (1 + LEVEL) / 2
+    return float(norm.ppf(upper) if math.isinf(freedom) else t.ppf(upper, freedom))
+
+
+def _two_sided(value: float, error: float, freedom: float) -> float:
+    from scipy.stats import norm, t
+
+    if error == 0:
+        return 1.0 if value == 0 else 0.0
+    tail = norm.sf if math.isinf(freedom) else lambda x: t.sf(x, freedom)
+    return float(2 * tail(abs(value) / error))
+
+
+def power(effect: float, error: float, freedom: float = math.inf) -> float:
+    """Chance that a two-sided 5 % test with this standard error finds a true difference.
+
+    >>> round(power(2.8, 1.0), 2)
+    0.8
+    """
+    from scipy.stats import nct, norm
+
+    if error == 0:
+        return 1.0
+    critical, shift = _quantile(freedom), abs(effect) / error
+    if math.isinf(freedom):
+        return float(norm.sf(critical - shift) + norm.cdf(-critical - shift))
+    other_tail = np.nan_to_num(nct.cdf(-critical, freedom, shift))  # scipy has NaN where it is 0
+    return float(nct.sf(critical, freedom, shift) + other_tail)
+
+
+def detectable(error: float, freedom: float = math.inf, wanted: float = 0.8) -> float:
+    """The true difference that the test finds with chance `wanted`."""
+    from scipy.optimize import brentq
+
+    if error == 0:
+        return 0.0
+    found: Any = brentq(lambda x: power(x, 1.0, freedom) - wanted, 0.0, 100.0)
+    return error * float(found)
+
+
+def least_p(seeds: tuple[int, int], paired: bool) -> float:
+    """The smallest two-sided p of an exact seed-level test: sign flips of pairs, else relabelling.
+
+    >>> least_p((3, 3), True), least_p((6, 6), True)
+    (0.25, 0.03125)
+    """
+    return 2 / (2 ** seeds[0] if paired else math.comb(sum(seeds), seeds[0]))
+
+
+def _verdict(
+    low: float, high: float, p: float, higher_is_better: bool, ka: int, kb: int, paired: bool
+) -> str:
+    clear = (low > 0 or high < 0) and p <= 1 - LEVEL
+    direction = "better" if (low > 0) == higher_is_better else "worse"
+    if ka == kb == 1:
+        # Two files may differ for certain, while nothing is known of the recipes behind them.
+        said = f"this checkpoint is {direction}" if clear else "no difference shown"
+        return f"{said}; of the recipes: descriptive"
+    if least_p((ka, kb), paired) > 1 - LEVEL or min(ka, kb) == 1:
+        return "descriptive"
+    return direction if clear else "no difference shown"

@@ -1,0 +1,161 @@
+"""Intervals, differences and their power: against enumeration, and over a thousand simulations."""
+
+import numpy as np
+import pytest
+from reference import evaluation as naive
+from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score
+
+from superclip.evaluation.measures import ClassMean, Mean, MeanAveragePrecision, Measure, Median
+from superclip.evaluation.statistics import (
+    compare,
+    detectable,
+    intervals,
+    least_p,
+    mcnemar_by_picture,
+    picture_weights,
+    power,
+)
+
+
+@pytest.fixture
+def weights() -> np.ndarray:
+    return next(iter(picture_weights(12, 50)))
+
+
+@pytest.mark.parametrize("kind", [Mean, Median])
+def test_weighted_statistics_are_those_of_the_resample_written_out(kind, weights):
+    rng = np.random.default_rng(0)
+    picture = np.sort(rng.integers(0, 12, 30))
+    values = rng.integers(0, 6, 30).astype(float)
+    statistic = kind(values, picture, 12)
+    take = np.mean if kind is Mean else np.median
+    assert statistic.value == pytest.approx(take(values))
+    expected = [take(naive.repeated(values, picture, w)) for w in weights]
+    np.testing.assert_allclose(statistic(weights), expected)
+
+
+def test_class_mean_leaves_classes_without_pictures_out(weights):
+    rng = np.random.default_rng(1)
+    label, hits = rng.choice([0, 1, 3], 12), rng.integers(0, 2, 12).astype(float)
+    statistic = ClassMean(hits, label)
+    assert statistic.value == pytest.approx(np.mean([hits[label == c].mean() for c in (0, 1, 3)]))
+    for w, found in zip(weights, statistic(weights)):
+        drawn = [
+            naive.repeated(hits[label == c], range(sum(label == c)), w[label == c])
+            for c in (0, 1, 3)
+        ]
+        assert found == pytest.approx(np.mean([np.mean(d) for d in drawn if d]))
+
+
+def test_mean_average_precision_with_ties_and_an_empty_class():
+    rng = np.random.default_rng(2)
+    scores, right = rng.integers(0, 4, (12, 4)).astype(float), rng.random((12, 4)) < 0.4
+    right[:, 2] = False
+    statistic = MeanAveragePrecision(scores, right)
+    expected = [naive.average_precision(scores[:, c], right[:, c]) for c in (0, 1, 3)]
+    assert statistic.value == pytest.approx(np.mean(expected))
+    assert statistic.queries == 3
+
+
+def test_mean_average_precision_of_a_resample_counts_copies_at_one_place(weights):
+    # Copies of a picture have one score: precision is that at the score, as scikit-learn has it.
+    rng = np.random.default_rng(2)
+    scores, right = rng.random((12, 3)), rng.random((12, 3)) < 0.4
+    statistic = MeanAveragePrecision(scores, right)
+    for w, found in zip(weights, statistic(weights)):
+        each = [
+            average_precision_score(right[:, c], scores[:, c], sample_weight=w)
+            for c in range(3)
+            if w @ right[:, c] > 0
+        ]
+        assert found == pytest.approx(np.mean(each))
+
+
+def test_captions_stay_with_their_picture():
+    # Two hits or two misses a picture: the interval is that of 200 pictures, not of 400 queries.
+    hits = np.repeat(np.tile([0.0, 1.0], 100), 2)
+    measure = Measure("R@1", Mean(hits, np.repeat(np.arange(200), 2), 200), 0.005)
+    (found,) = intervals([measure], 2000)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / 200**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("gains", [[1, 1, -1, 0], [2, -1, 3, 0, -5, 1], [0, 0], [1] * 9])
+def test_mcnemar_equals_enumeration(gains):
+    assert mcnemar_by_picture(np.array(gains, float)) == pytest.approx(naive.swap_test(gains))
+
+
+def test_mcnemar_of_one_query_a_picture_is_the_textbook_test():
+    gains = np.array([1] * 31 + [-1] * 14 + [0] * 200, float)
+    assert mcnemar_by_picture(gains) == pytest.approx(binomtest(31, 45).pvalue)
+
+
+def test_power_of_the_textbook():
+    # Student's t with 10 degrees of freedom: noncentral, two-sided (Cohen 1988, d = 1, n = 11).
+    assert power(11**0.5, 1.0, 10.0) == pytest.approx(0.853, abs=0.01)
+    assert power(detectable(0.7, 5.0), 0.7, 5.0) == pytest.approx(0.8)
+    assert power(0.0, 1.0) == pytest.approx(0.05)
+    assert power(1.0, 0.0) == 1.0
+
+
+def models(rng, seeds: int, gap: float, seed_sd: float, pictures: int = 400) -> list[list[Measure]]:
+    """Two arms of models that hit pictures of equal difficulty; captions of a picture agree."""
+    easy, arms = rng.normal(0, 1, pictures), []
+    picture = np.repeat(np.arange(pictures), 3)
+    taste = rng.normal(0, 0.7, (2, pictures))  # what each recipe likes about a picture
+    for arm, shift in enumerate((gap, 0.0)):
+        level = shift + rng.normal(0, seed_sd, seeds)
+        own = rng.normal(0, 0.7, (seeds, pictures))
+        score = np.repeat(easy + taste[arm] + own + level[:, None], 3, axis=1)
+        hits = (score + rng.normal(0, 0.5, score.shape) > 0).astype(float)
+        arms.append([Measure("R@1", Mean(h, picture, pictures), 0.0, hits=True) for h in hits])
+    return arms
+
+
+def simulate(runs: int, seeds: int, gap: float, seed_sd: float, pictures: int = 400):
+    """Of all runs: how often the difference is cleared of 0, and the power they state."""
+    rng, clear, stated, values = np.random.default_rng(7), 0, [], []
+    for _ in range(runs):
+        first, second = models(rng, seeds, gap, seed_sd, pictures)
+        found = compare(first, second, paired=False, effect=0.02, draws=300)
+        clear += not found.low <= 0 <= found.high
+        stated.append(found.power)
+        values.append(found.value)
+    return clear / runs, float(np.mean(stated)), float(np.mean(values))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds, seed_sd", [(1, 0.0), (6, 0.1)])
+def test_a_null_difference_is_called_null(seeds, seed_sd):
+    """One model a side over pictures; six over seeds and pictures. 1 000 simulations each."""
+    rejected, _, _ = simulate(1000, seeds, 0.0, seed_sd)
+    print(f"{seeds} seed(s): null called null in {100 * (1 - rejected):.1f} %")
+    assert 0.03 <= rejected <= 0.07
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds, seed_sd", [(1, 0.0), (6, 0.02)])
+def test_a_planted_difference_is_found_as_often_as_the_power_says(seeds, seed_sd):
+    found, stated, value = simulate(400, seeds, 0.075, seed_sd, pictures=3000)
+    assert value == pytest.approx(0.02, abs=0.003)  # a gap of 0.075 is two points of R@1
+    print(
+        f"{seeds} seed(s): {100 * value:.2f} points found in {100 * found:.1f} %, "
+        f"stated {100 * stated:.1f} %"
+    )
+    assert found == pytest.approx(stated, abs=0.08)
+
+
+def test_words_follow_intervals_and_seeds():
+    rng = np.random.default_rng(3)
+    far = models(rng, 6, 1.0, 0.0)
+    assert compare(*far, paired=False, effect=0.02, draws=200).verdict == "better"
+    assert compare(*far[::-1], paired=False, effect=0.02, draws=200).verdict == "worse"
+    few = [arm[:3] for arm in far]
+    assert compare(*few, paired=True, effect=0.02, draws=200).verdict == "descriptive"
+    one = compare(far[0][:1], far[1][:1], paired=True, effect=0.02, draws=200)
+    assert one.verdict == "this checkpoint is better; of the recipes: descriptive"
+    assert one.test == "McNemar by picture" and one.p < 1e-6
+    same = compare(far[0], far[0], paired=True, effect=0.02, draws=200)
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert same.verdict == "no difference shown"
+    assert least_p((3, 3), True) == 0.25 and least_p((4, 4), False) < 0.05

@@ -1,0 +1,121 @@
+"""The command: one checkpoint, two arms, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refused
+
+from superclip.config import EvalConfig
+from superclip.errors import UserError
+from superclip.evaluate import compare_arms, evaluate
+
+
+@pytest.fixture
+def model(tiny_run, tmp_path):
+    """Writes a checkpoint that differs from the trained one as it is told to."""
+    whole = torch.load(tiny_run / "final_epoch.pt", weights_only=True)
+
+    def write(name: str, noise: float = 0.0, **config) -> Path:
+        torch.manual_seed(hash(name) % 1000 if noise else 0)
+        content = dict(whole)
+        content["config"] = whole["config"] | config
+        content["facts"] = whole["facts"] | {"init_sha256": str(config.get("seed", 0))}
+        content["state_dict"] = {
+            k: v + noise * v.std() * torch.randn_like(v) if v.ndim == 2 else v
+            for k, v in whole["state_dict"].items()
+        }
+        path = tmp_path / name / "final_epoch.pt"
+        path.parent.mkdir()
+        torch.save(content, path)
+        return path
+
+    return write
+
+
+def asked(*ckpt: Path, **more) -> EvalConfig:
+    return EvalConfig(ckpt=ckpt, num=60, pool=60, bootstrap=100, **more)
+
+
+def test_scenes_bring_retrieval_classes_and_compositional_checks(model, capsys):
+    path = model("a")
+    report = evaluate(asked(path))
+    assert [r["task"] for r in report["results"]] == ["retrieval", "zeroshot", "compositional"]
+    written = next(path.parent.glob("eval_val-*.json"))  # --num is in its name
+    assert json.loads(written.read_text()) == json.loads(json.dumps(report))
+    shown = capsys.readouterr().out
+    assert "text-to-image mAP@10" in shown and "ceiling, category-blind model" in shown
+    assert "a model that sees no picture: absent object" in shown  # others are too few to say
+    with pytest.raises(UserError, match="--overwrite"):
+        evaluate(asked(path))
+    assert evaluate(asked(path, overwrite=True)) == report
+
+
+def test_two_checkpoints_and_three_seeds(model, capsys):
+    one, other = model("one"), model("other", noise=3.0, loss="superclip")
+    report = compare_arms(asked(one, against=(other,), tasks=("retrieval",)))
+    first = report["differences"][0]
+    assert first["test"] == "McNemar by picture" and first["name"] == "image-to-text R@1"
+    assert all("descriptive" in row["verdict"] for row in report["differences"])
+    values = report["values"]["retrieval image-to-text R@1"]
+    assert first["value"] == pytest.approx(values[0][0] - values[1][0])
+
+    arms = [
+        [model(f"{arm}{seed}", noise=noise, seed=seed) for seed in (2, 0, 1)]
+        for arm, noise in (("x", 0.1), ("y", 0.2))
+    ]
+    report = compare_arms(asked(*arms[0], against=tuple(arms[1]), tasks=("retrieval",)))
+    assert report["paired"] and [c["seed"] for c in report["first"]] == [0, 1, 2]
+    assert {row["verdict"] for row in report["differences"]} == {"descriptive"}
+    assert "descriptive" in capsys.readouterr().out
+
+
+def test_arms_that_are_no_arms_are_refused(model, tiny_run):
+    a, b = model("a"), model("b", noise=0.1)
+    c = model("c", noise=0.1, seed=1, save_every=3)
+    d = model("d", noise=0.1, seed=2, optim={**json_of(tiny_run)["optim"], "lr": 1.0})
+    with pytest.raises(UserError, match="the same seed"):
+        compare_arms(asked(a, b, against=(c,)))
+    with pytest.raises(UserError, match=r"not of one recipe \(lr: None -> 1.0\)"):
+        compare_arms(asked(a, c, d, against=(b,)))
+    with pytest.raises(UserError, match="share a checkpoint"):
+        compare_arms(asked(a, against=(a,)))
+    other_data = model("e", data={**json_of(tiny_run)["data"], "data_seed": 7})
+    with pytest.raises(UserError, match="different data in retrieval"):
+        compare_arms(asked(a, against=(other_data,), tasks=("retrieval",)))
+    with pytest.raises(UserError, match="one at a time"):
+        evaluate(asked(a, b))
+
+
+def json_of(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())["config"]
+
+
+def test_a_checkpoint_without_a_text_tower_is_refused_in_one_line(tiny_run, tmp_path):
+    content = torch.load(tiny_run / "final_epoch.pt", weights_only=True)
+    state = content["state_dict"]
+    content["state_dict"] = {k: v for k, v in state.items() if k.startswith("visual.")}
+    torch.save(content, tmp_path / "vision.pt")
+    said = refused("superclip.evaluate", "--ckpt", str(tmp_path / "vision.pt"))
+    assert "has no text tower" in said
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"tasks": ("probe",)}, "--tasks probe needs --probe"),
+        ({"zeroshot": "x", "tasks": ("retrieval",)}, "leaves zeroshot out"),
+        ({"templates": "openai"}, "--templates goes with --zeroshot"),
+        ({"images": Path("x")}, "--images goes with --compositional"),
+        ({"pretrained": "openai"}, "goes with --model"),
+        ({"probe_test": "x"}, "--probe-test goes with --probe"),
+        ({"effect": -1.0}, "--effect"),
+        ({"compositional": ("x.json",), "tasks": ("compositional",)}, "--images DIR"),
+        ({"zeroshot": "no/such/folder"}, "no labelled data"),
+        ({"protocol": "coco-5k"}, "5000 pictures"),
+    ],
+)
+def test_requests_that_cannot_be_met_name_the_way_out(options, said, tiny_run):
+    with pytest.raises(UserError, match=said):
+        evaluate(EvalConfig(ckpt=(tiny_run / "final_epoch.pt",), num=60, **options))
