@@ -277,12 +277,12 @@ def _run(checkpoint: Checkpoint) -> dict[str, Any]:
 def _card(checkpoint: Checkpoint, opening: str) -> str:
     from superclip.model.card import model_card
 
-    reports: dict[str, Any] = {}
+    reports = []
     for file in sorted(checkpoint.path.parent.glob("eval_*.json")):
         try:
             report = json.loads(file.read_text())
             if report["checkpoint"]["sha256"] == checkpoint.sha256:
-                reports[file.name] = report
+                reports.append(report)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another tool's file, or the report of a model that stood here before
     return model_card(checkpoint, opening, _run(checkpoint), reports)

@@ -131,11 +131,11 @@ class CocoFolder:
         self.name = f"{self.root.name}:{split}"
         self.attrition: Counter[str] = Counter()
         captions_file, instances_file, self._pictures = _files(self.root, split)
-        captions, captions_hash = _load(captions_file, "captions", _CAPTION)
-        instances, instances_hash = _load(instances_file, "instances", _INSTANCE)
+        captions, captions_hash = load_annotations(captions_file, "captions", _CAPTION)
+        instances, instances_hash = load_annotations(instances_file, "instances", _INSTANCE)
 
-        images = _by_id(captions["images"], captions_file)
-        known = images | _by_id(instances["images"], instances_file)
+        images = by_id(captions["images"], captions_file)
+        known = images | by_id(instances["images"], instances_file)
         texts = self._captions(captions["annotations"], images, captions_file)
         boxes = self._boxes(instances, known, instances_file)
         rows = self._present([image for image in images.values() if image["id"] in texts])
@@ -270,7 +270,7 @@ def _files(root: Path, split: str) -> tuple[Path, Path, Path]:
     raise UserError(f"{root} has no split {split!r}; {nearest(split, splits)}")
 
 
-def _load(path: Path, kind: str, fields: Iterable[str]) -> tuple[dict[str, Any], str]:
+def load_annotations(path: Path, kind: str, fields: Iterable[str]) -> tuple[dict[str, Any], str]:
     """A checked COCO file without its outlines, and the sha256 of its bytes."""
     try:
         text = path.read_bytes()
@@ -308,7 +308,7 @@ def _not_coco(path: Path, kind: str, name: str, place: int, what: str) -> NoRetu
     raise UserError(f"{path} is not a COCO {kind} file: entry {place} of {name!r} {what}")
 
 
-def _by_id(images: Sequence[dict[str, Any]], path: Path) -> dict[Any, dict[str, Any]]:
+def by_id(images: Sequence[dict[str, Any]], path: Path) -> dict[Any, dict[str, Any]]:
     found: dict[Any, dict[str, Any]] = {}
     for place, image in enumerate(images):
         sides = image["width"], image["height"]

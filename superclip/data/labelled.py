@@ -17,14 +17,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from superclip.data.batch import Record, Source
-from superclip.data.coco import LAYOUTS, UNSPLIT
-from superclip.data.coco import _by_id as by_id
-from superclip.data.coco import _load as load_annotations
+from superclip.data.coco import LAYOUTS, UNSPLIT, by_id, load_annotations
 from superclip.data.geometry import BadPicture, picture_size
 from superclip.data.patience import Patience
 from superclip.data.pictures import PictureFiles
-from superclip.data.shards import PICTURE_PARTS, expand, fingerprint, refuse_twins
-from superclip.data.shards import _members as members
+from superclip.data.shards import PICTURE_PARTS, expand, fingerprint, members, refuse_twins
 from superclip.data.sources import SCENES_HELD_OUT, open_source
 from superclip.errors import UserError
 

