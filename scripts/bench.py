@@ -743,6 +743,55 @@ class ScenesBench(Bench):
 
 
 @dataclass(frozen=True)
+class FeaturesBench(PhotoBench):
+    """Encoding held-out photographs against the plain forward pass fed by the same loader."""
+
+    model: str = "ViT-S-32"
+    """An open_clip model name, or a JSON file."""
+
+    def run(self) -> Findings:
+        import numpy as np
+        import torch
+        from torch.utils.data import DataLoader
+
+        from superclip.data.loader import EvalRows, tokenizer_for
+        from superclip.data.shards import Shards
+        from superclip.evaluation.encode import Encoder
+        from superclip.model.factory import build_clip, model_config, preprocess_for, tokenizer
+        from superclip.model.superclip import SuperCLIP
+
+        config = model_config(self.model)
+        preprocess = preprocess_for(config, "crop")
+        model = SuperCLIP(build_clip(config), preprocess.mean, preprocess.std).eval()
+        tokenize = tokenizer_for(tokenizer(config))
+        encoder = Encoder(preprocess, tokenize, torch.device("cpu"), batch_size=self.batch_size)
+        with tempfile.TemporaryDirectory() as name:
+            shards, told = write_shards(Path(name), self.shards, self.num)
+            source = Shards(shards)
+
+            def plain() -> None:
+                loader = DataLoader(
+                    EvalRows(source, preprocess, range(self.num)),
+                    self.batch_size,
+                    collate_fn=lambda items: np.stack([pixels for pixels, _ in items]),
+                )
+                with torch.no_grad():
+                    torch.cat([model.encode_image(torch.from_numpy(b)) for b in loader])
+
+            sides = {
+                "loader and forward": plain,
+                "encoder": lambda: encoder.pictures(model, source, range(self.num)),
+            }
+            costs = interleave(sides, self.rounds)
+        loss = costs["encoder"] / costs["loader and forward"]
+        rows = [Row(f"  {side}", "pictures/s", self.num / cost) for side, cost in costs.items()]
+        notes = [f"{told} a round, {self.model} in fp32, batch {self.batch_size}, one process"]
+        return Findings(
+            [Row("time of encoder / loader and forward", "ratio", loss, ("<=", 1.05)), *rows], notes
+        )
+
+
+@dataclass(frozen=True)
 class RetrievalBench(Bench):
     """Ranks of both directions against the matrix product of the same blocks, on the CPU in fp32;
     and the memory that they take beyond the features."""
@@ -877,6 +926,7 @@ def main(argv: list[str]) -> None:
         | Annotated[TrainBench, tyro.conf.subcommand("token-loss", default=TOKEN_LOSS)]
         | Annotated[MemoryBench, tyro.conf.subcommand("memory")]
         | Annotated[LoaderBench, tyro.conf.subcommand("loader")]
+        | Annotated[FeaturesBench, tyro.conf.subcommand("features")]
         | Annotated[ScenesBench, tyro.conf.subcommand("scenes")]
         | Annotated[RetrievalBench, tyro.conf.subcommand("retrieval")]
     )

@@ -144,7 +144,8 @@ def plan(width: int, height: int, size: int, mode: Mode, draw: CropDraw | None =
     if mode == "squash":
         return Geometry(width, height, size, (0.0, 0.0, float(width), float(height)), full)
     if mode == "pad":
-        w, h = (max(1, round(side * size / max(width, height))) for side in (width, height))
+        ratio = max(width, height) / size  # divided by twice, as open_clip rounds
+        w, h = (max(1, round(side / ratio)) for side in (width, height))
         x, y = (size - w) // 2, (size - h) // 2
         whole = (0.0, 0.0, float(width), float(height))
         return Geometry(width, height, size, whole, (x, y, x + w, y + h))

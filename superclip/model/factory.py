@@ -147,7 +147,12 @@ def tokenizer(config: dict[str, Any]) -> Any:
     text = config["text_cfg"]
     length = text.get("context_length", 77)
     if "hf_tokenizer_name" in text:
-        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length)
+        return open_clip.tokenizer.HFTokenizer(
+            text["hf_tokenizer_name"],
+            context_length=length,
+            tokenizer_mode=text.get("tokenizer_mode"),
+            **text.get("tokenizer_kwargs", {}),
+        )
     return open_clip.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs", {}))
 
 

@@ -122,6 +122,16 @@ def test_evaluation_pixels_are_open_clips_bit_for_bit(size, mode, theirs):
     assert np.mean(differences) < 3
 
 
+def test_padded_sizes_round_as_open_clips():
+    from open_clip.transform import ResizeKeepRatio
+
+    sizes = [(224, 175), *((w, h) for w in range(60, 400, 7) for h in range(60, 400, 11))]
+    for width, height in sizes:
+        theirs = ResizeKeepRatio.get_params(Image.new("1", (width, height)), (80, 80), 1.0)
+        x0, y0, x1, y1 = plan(width, height, 80, "pad").target
+        assert [y1 - y0, x1 - x0] == theirs, (width, height)
+
+
 def crops(size: int, scale: tuple[float, float]):
     """Exact bicubic, exact bilinear and fast pixels of photographs under random crops."""
     for seed, path in enumerate(photographs(60)):
