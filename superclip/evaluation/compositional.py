@@ -77,9 +77,7 @@ def compositional(
         return Mean((lead[chosen] > 0).astype(float), owner, pictures)
 
     def measure(name: str, statistic: Statistic) -> Measure:
-        # Two models compare by McNemar's test where no picture is asked twice.
-        single = isinstance(statistic, Mean) and bool(statistic.counts.max() == 1)
-        return Measure(name, statistic, CHANCE, hits=single, candidates=2)
+        return Measure(name, statistic, CHANCE, hits=isinstance(statistic, Mean), candidates=2)
 
     categories = [name for name in checks.categories if name in label]
     chosen = {name: np.flatnonzero(label == name) for name in categories}

@@ -134,7 +134,8 @@ def test_folds_are_consecutive_and_a_partial_one_is_left_out():
         folds.append(expected(*part))
         queries["image-to-text"].append(len(set(mine[:, 0].tolist())))
         queries["text-to-image"].append(len(mine))
-        chances.append(random_order(np.ones(len(mine), int), 10)["R@5"])
+        right = np.bincount(mine[:, 0] - start)
+        chances.append(random_order(right[right > 0], len(mine))["R@5"])
     assert [m.statistic.pictures for m in found] == [40] * 12
     assert found[0].candidates is None and found[6].candidates == 10
     for m in found:
@@ -142,7 +143,8 @@ def test_folds_are_consecutive_and_a_partial_one_is_left_out():
         count = None if "median" in m.name else queries[m.name.split()[0]]
         mean = np.average([fold[m.name] for fold in folds], weights=count)
         assert m.statistic.value == pytest.approx(mean), m.name
-    assert found[7].chance == pytest.approx(np.average(chances, weights=queries["text-to-image"]))
+    assert found[1].chance == pytest.approx(np.average(chances, weights=queries["image-to-text"]))
+    assert found[7].chance == pytest.approx(5 / 10)
 
 
 def test_a_caption_of_pictures_in_two_folds_is_asked_in_both():
@@ -281,11 +283,17 @@ def test_of_a_model_and_a_source(tmp_path):
     write_coco(Scenes("val", 12), out, 12)
     broken = out / "images" / "000003.png"
     broken.write_bytes(broken.read_bytes()[:300])
+    told = json.loads((out / "captions.json").read_text())
+    told["annotations"] += [
+        {"id": 100 + k, "image_id": k % 7, "caption": f"{k} red stars"} for k in range(20)
+    ]
+    (out / "captions.json").write_text(json.dumps(told))
     model, encoder, source = tiny_model(), tiny_encoder(), CocoFolder(out, "all")
     found = retrieve(model, encoder, source, pool=5)
     assert json.loads(json.dumps(found.data)) == found.data
     assert found.data["sha256"] == source.digest and found.data["pool"] == 5
     assert found.data["pictures"] == 11 and len(found.data["missing"]) == 1
+    assert found.data["captions"] == 29  # one each and 20 more, but for the broken picture's three
     assert [m.statistic.pictures for m in found.measures] == [10] * 12
     seen = encoder.pictures(model, source)
     captions = [record.captions for record in seen.records]
@@ -293,6 +301,9 @@ def test_of_a_model_and_a_source(tmp_path):
     owner = np.repeat(np.arange(11), list(map(len, captions)))
     plain = retrieval(seen.features, text, paired(*owner.tolist()), pool=5)
     assert values(found.measures) == values(plain)
+    first = retrieve(model, encoder, source, "first-caption")
+    plain = retrieval(seen.features, text, paired(*owner.tolist()), "first-caption")
+    assert values(first.measures) == values(plain) and first.data["captions"] == 11
     part = retrieve(model, encoder, source, rows=range(3))
     assert part.data["pictures"] == part.measures[0].statistic.pictures == 3
     with pytest.raises(UserError, match="flickr needs 1000 pictures"):
