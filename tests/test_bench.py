@@ -27,6 +27,8 @@ LABELS = {
     "token-loss --model scenes-vit --step-batch-size 2": ["SuperCLIP's time / CLIP's"],
     "memory --steps 4 --model scenes-vit --batch-size 4": ["a tiny SuperCLIP's step"],
     "loader --num 4 --batch-size 2": ["ours / open_clip_train", "reading and decoding alone"],
+    "features --num 4 --batch-size 2 --model scenes-vit": ["encoder", "loader and forward"],
+    "retrieval --images 128 --share 2": ["rate of ranks / of the matrix product", "ranks"],
     "scenes --num 4": ["picture and graph", "with caption and boxes (Record)"],
 }
 
