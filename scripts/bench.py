@@ -301,6 +301,86 @@ def scorers(
     }
 
 
+@dataclass(frozen=True)
+class AblateBench(Bench):
+    """The exact sweep over heads (`interp.causal.sweep`) against a loop that hooks one head at a
+    time and runs the whole tower; zero ablation, fp32, the same batch."""
+
+    model: str = "ViT-B-32"
+    """Name of a model, taken with random weights."""
+    batch_size: int = 2
+    """Images of a pass."""
+    every: int = 1
+    """Ablate each n-th head of a layer only; the intact pass then weighs n times as much."""
+    max_memory: int = 1024
+    """MiB of the sweep's activations."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+
+    def run(self) -> Findings:
+        import torch
+
+        from interp.causal.ablation import ablate
+        from interp.causal.cost import flop_share
+        from interp.causal.sweep import ablate_batch
+        from interp.causal.units import Ablation, every
+        from interp.hooked import HookedVisionTransformer
+        from superclip.model.factory import build_clip, model_config
+        from superclip.ops.world import choose_device
+
+        device = choose_device(self.device)
+        clip = build_clip(model_config(self.model)).to(device).eval()
+        tower = HookedVisionTransformer(clip.visual)
+        rng = torch.Generator().manual_seed(0)
+        images = torch.randn(self.batch_size, 3, *tower.cfg.image_size, generator=rng).to(device)
+        units = [u for u in every(tower.cfg, "head") if u.heads[0].index % self.every == 0]
+        features: dict[str, torch.Tensor] = {}
+
+        @torch.no_grad()
+        def loop(tokens: str) -> None:
+            found = []
+            for unit in units:
+                with ablate(tower, unit.heads, "zero", tokens=tokens):
+                    found.append(tower(images).cpu())
+            features[f"loop {tokens}"] = torch.stack(found)
+
+        def sweep(tokens: str) -> None:
+            memory = self.max_memory * 2**20
+            found = ablate_batch(tower, images, Ablation("zero", tokens), units, max_memory=memory)
+            features[f"sweep {tokens}"] = found.features[0]
+
+        sides = {
+            "one head at a time": lambda: loop("all"),
+            "sweep, all tokens": lambda: sweep("all"),
+            "sweep, class token": lambda: sweep("class"),
+        }
+        costs = interleave(sides, self.rounds, settle_on(device))
+        loop("class")  # as costly as the other, and therefore not timed
+        plain, everywhere, class_only = costs.values()
+        notes = [
+            f"{self.model} with random weights, fp32, batch {self.batch_size}, {len(units)} heads, "
+            f"{self.max_memory} MiB; timed: features of the batch without each head; the sweep's "
+            "intact pass is counted"
+        ]
+        for tokens in ("all", "class"):
+            ours, theirs = features[f"sweep {tokens}"], features[f"loop {tokens}"]
+            error = float((ours - theirs).abs().max() / theirs.abs().max())
+            assert error <= 5e-5, f"the sides differ by {error:.1e} of the largest feature"
+            notes.append(
+                f"tokens {tokens}: operations {flop_share(tower.cfg, tokens):.3f} of the loop's, "
+                f"the intact pass {1 / len(units):.3f} more; features differ by {error:.1e} of "
+                "the largest"
+            )
+        return Findings(
+            [
+                Row("all tokens: sweep / loop", "ratio", everywhere / plain, ("<=", 0.45)),
+                Row("class token: sweep / loop", "ratio", class_only / plain, ("<=", 0.25)),
+                *(Row(f"  {k}", "images/s", self.batch_size / c) for k, c in costs.items()),
+            ],
+            notes,
+        )
+
+
 def tiny_model(folder: Path, size: int) -> str:
     """File with a model that costs next to nothing beside reading its pictures."""
     path, tower = folder / f"tiny-vit-{size}.json", {"width": 8, "layers": 1}
@@ -922,6 +1002,7 @@ def main(argv: list[str]) -> None:
     """Parse, measure, print; write the JSON that was asked for."""
     benches = (
         Annotated[SweepBench, tyro.conf.subcommand("sweep")]
+        | Annotated[AblateBench, tyro.conf.subcommand("ablate")]
         | Annotated[TrainBench, tyro.conf.subcommand("train")]
         | Annotated[TrainBench, tyro.conf.subcommand("token-loss", default=TOKEN_LOSS)]
         | Annotated[MemoryBench, tyro.conf.subcommand("memory")]

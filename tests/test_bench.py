@@ -28,6 +28,11 @@ LABELS = {
     "memory --steps 4 --model scenes-vit --batch-size 4": ["a tiny SuperCLIP's step"],
     "loader --num 4 --batch-size 2": ["ours / open_clip_train", "reading and decoding alone"],
     "features --num 4 --batch-size 2 --model scenes-vit": ["encoder", "loader and forward"],
+    "ablate --model scenes-vit --batch-size 2": [
+        "all tokens: sweep / loop",
+        "class token: sweep / loop",
+        "one head at a time",
+    ],
     "retrieval --images 128 --share 2": ["rate of ranks / of the matrix product", "ranks"],
     "scenes --num 4": ["picture and graph", "with caption and boxes (Record)"],
 }
