@@ -194,6 +194,9 @@ def _name(config: EvalConfig) -> str:
 def _claimed(config: EvalConfig, default: Path) -> Path:
     out = config.out or default
     check_writable(out, "--out")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists; --overwrite measures anew, --out FILE writes elsewhere")
     return out

@@ -102,6 +102,24 @@ def test_a_checkpoint_without_a_text_tower_is_refused_in_one_line(tiny_run, tmp_
 
 
 @pytest.mark.parametrize(
+    "part, value",
+    [("facts", {}), ("preprocess", {"size": 80}), ("model_config", [1]), ("epoch", 1)],
+)
+def test_checkpoints_of_odd_shape_are_refused(part, value, model, tmp_path):
+    content = torch.load(model("odd"), weights_only=True) | {part: value}
+    torch.save(content, tmp_path / "odd.pt")
+    if part == "epoch":  # nothing odd about it
+        assert (
+            evaluate(asked(tmp_path / "odd.pt", tasks=("retrieval",)))["checkpoint"]["epoch"] == 1
+        )
+        return
+    with pytest.raises(UserError, match="no checkpoint that training wrote"):
+        evaluate(asked(tmp_path / "odd.pt"))
+    with pytest.raises(UserError, match="is a folder"):
+        evaluate(asked(model("whole"), out=tmp_path, overwrite=True))
+
+
+@pytest.mark.parametrize(
     "options, said",
     [
         ({"tasks": ("probe",)}, "--tasks probe needs --probe"),

@@ -156,6 +156,10 @@ def _entries(path: Path) -> Iterator[_Entry]:
         for name in keys:
             if not isinstance(entry[name], str) or not entry[name].strip():
                 raise UserError(f"{where}: {name} is {entry[name]!r:.40}; it must be a text")
+            if not entry[name].isprintable() and any(
+                "\ud800" <= c <= "\udfff" for c in entry[name]
+            ):
+                raise UserError(f"{where}: {name} is {entry[name]!r:.40}, no text in any encoding")
         known = entry.get("id") if own else None
         if not isinstance(known, int | str | None):
             raise UserError(f"{where}: id is {known!r:.40}; it must be a text or a number")

@@ -111,8 +111,8 @@ def load_pretrained(
     read_tensors(Path(path))
     try:
         open_clip.load_checkpoint(clip, path, weights_only=True)
-    except (RuntimeError, AssertionError) as error:  # open_clip asserts equal text widths
-        first = str(error).strip().splitlines()
+    except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
+        first = str(error).strip().splitlines()  # open_clip asserts equal text widths, and so on
         raise UserError(
             f"--pretrained {pretrained} does not fit {name}: {' '.join(first[:2])[:300]}"
         ) from None

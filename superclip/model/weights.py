@@ -120,11 +120,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is no whole checkpoint")
     config = train_config(content["config"], str(path))
-    clip = build_clip(content["model_config"])
-    preprocess = Preprocess.from_dict(content["preprocess"])
-    head = token_head_from(content["token_head"])
-    model = SuperCLIP(clip, preprocess.mean, preprocess.std, head)
-    load_into(clip, content["state_dict"], path)
+    try:  # tensors and plain values, but of whatever shape somebody gave them
+        clip = build_clip(content["model_config"])
+        preprocess = Preprocess.from_dict(content["preprocess"])
+        head = token_head_from(content["token_head"])
+        model = SuperCLIP(clip, preprocess.mean, preprocess.std, head)
+        load_into(clip, content["state_dict"], path)
+        facts = dict(content["facts"])
+        assert isinstance(facts["activation"], str) and isinstance(facts["data_name"], str)
+    except (AssertionError, AttributeError, LookupError, TypeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(f"{path} is no checkpoint that training wrote ({what})") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Checkpoint(
         path,
@@ -134,7 +140,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         preprocess,
         config,
         content["epoch"],
-        content["facts"],
+        facts,
     )
 
 
