@@ -197,6 +197,8 @@ def _claimed(config: EvalConfig, default: Path) -> Path:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not (out.is_file() and out.suffix == ".json"):
+        raise UserError(f"--out {out} is no report; only a .json file is ever replaced")
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists; --overwrite measures anew, --out FILE writes elsewhere")
     return out

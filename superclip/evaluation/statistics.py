@@ -268,6 +268,6 @@ def _verdict(
         # Two files may differ for certain, while nothing is known of the recipes behind them.
         said = f"this checkpoint is {direction}" if clear else "no difference shown"
         return f"{said}; of the recipes: descriptive"
-    if least_p((ka, kb), paired) > 1 - LEVEL or min(ka, kb) == 1:
+    if least_p((ka, kb), paired) > 1 - LEVEL or min(ka, kb) < 4:
         return "descriptive"
     return direction if clear else "no difference shown"
