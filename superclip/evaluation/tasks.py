@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +142,7 @@ class Evaluation:
             encoder,
             self._labelled(config.probe, checkpoint, held_out=test is None),
             None if test is None else self._labelled(test, checkpoint, held_out=True),
-            checkpoint.sha256,
+            json.dumps([checkpoint.sha256, checkpoint.model_config], sort_keys=True),
             checkpoint.path.parent / "features",
         )
 

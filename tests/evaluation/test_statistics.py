@@ -159,3 +159,11 @@ def test_words_follow_intervals_and_seeds():
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert same.verdict == "no difference shown"
     assert least_p((3, 3), True) == 0.25 and least_p((4, 4), False) < 0.05
+
+
+def test_the_interval_of_average_precision_holds_its_value():
+    """Drawn pictures come in copies that rank together: uncorrected, chance lies below."""
+    rng = np.random.default_rng(5)
+    scores, right = rng.random((120, 20)), rng.random((120, 20)) < 0.05
+    (found,) = intervals([Measure("mAP", MeanAveragePrecision(scores, right), 0.05)], 300)
+    assert found.low < found.value < found.high
