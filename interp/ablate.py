@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from superclip.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from interp.results import SweepResults
+    from interp.swept import Swept
 
 SCHEMA = 1
 GROUP = 4
@@ -34,27 +33,11 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(AblateConfig, argv, "python -m interp.ablate", DESCRIPTION)
-    import logging
+    from interp.swept import claim, open_swept, write_report
 
-    import torch
-
-    from interp.results import SweepResults
-    from interp.subject import default_folder
-    from superclip.model.weights import newest_checkpoint
-
-    logging.getLogger().setLevel(logging.ERROR)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    ckpt = config.ckpt or newest_checkpoint(Path("logs"))
-    folder = config.results or default_folder(ckpt)
-    path = folder / "ablation.json"
-    if path.exists() and not config.overwrite:
-        raise UserError(f"{path} exists; --overwrite replaces it")
-    results = SweepResults.load(folder)
-    report = ablate_heads(ckpt, results, config)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    path = claim(config, "ablation.json")
+    report = ablate_heads(open_swept(config), config)
+    write_report(path, report)
     print(render(report))
     print(f"\nwritten: {path}")
 
@@ -98,51 +81,15 @@ def choose_heads(spec: str, results: SweepResults, seed: int) -> Roles:
     return roles
 
 
-def ablate_heads(ckpt: Path, results: SweepResults, config: AblateConfig) -> dict[str, Any]:
-    """Effects of removing each head, and of the four best together against random fours.
-
-    Raises:
-        UserError: if the sweep is of another checkpoint, or its pictures can't be found again.
-    """
-    import torch
-    from tqdm import tqdm
-
+def ablate_heads(swept: Swept, config: AblateConfig) -> dict[str, Any]:
+    """Effects of removing each head, and of the four best together against random fours."""
     from interp.analysis import top_heads
     from interp.causal.ablation import embeddings_under_ablation, mean_z
-    from interp.collect import read_batches
-    from interp.hooked import HookedVisionTransformer
-    from interp.subject import open_subject
-    from superclip.data.loader import tokenizer_for
-    from superclip.evaluation.encode import Encoder
-    from superclip.model.factory import tokenizer
-    from superclip.ops.world import choose_device
 
-    subject, run = open_subject(ckpt)
-    if subject.facts["sha256"] != results.manifest["checkpoint"]["sha256"]:
-        raise UserError(f"the sweep is of another checkpoint than {ckpt}; sweep this one first")
-    device = choose_device(config.device)
-    source = _source_of(results, run, config)
-    row_of = {key: row for row, key in enumerate(source.keys)}
-    model = subject.captioned.to(device).eval()
-    tower = HookedVisionTransformer(model.clip.visual)
+    results, tower, judged = swept.results, swept.tower, swept.rows("validation")
     roles = choose_heads(config.heads, results, config.seed)
-
-    def pictures(split: str):
-        ids = results.image_ids[results.rows(split)].tolist()
-        return [row_of[key] for key in ids]
-
-    def batches(rows: Sequence[int], what: str):
-        found = read_batches(source, subject.preprocess, rows, config.batch_size)
-        steps = -(-len(rows) // config.batch_size)
-        for pixels, _ in tqdm(found, total=steps, desc=what, unit="batch", disable=None):
-            yield model.normalise(torch.from_numpy(pixels).to(device))
-
-    means = mean_z(tower, batches(pictures("discovery"), "means"))
-    judged = pictures("validation")
-    records = [source.read(row) for row in judged]
-    encoder = Encoder(subject.preprocess, tokenizer_for(tokenizer(subject.model_config)), device)
-    text = encoder.texts(model, [c for r in records for c in r.captions]).cpu()
-    owner = torch.tensor([i for i, r in enumerate(records) for _ in r.captions])
+    means = mean_z(tower, swept.batches(swept.rows("discovery"), "means"))
+    text, owner = swept.captions("validation")
     top = top_heads(results, GROUP)
     sets, labels = _random_sets(results, top, config)
     bank: dict[tuple[str, str], Any] = {}
@@ -150,30 +97,12 @@ def ablate_heads(ckpt: Path, results: SweepResults, config: AblateConfig) -> dic
         groups = [[], *([head] for head in roles)] + (sets if kind == "mean" else [])
         names = ["base", *map(str, roles)] + (labels if kind == "mean" else [])
         given = means if kind == "mean" else None
-        found = embeddings_under_ablation(
-            tower, batches(judged, f"{kind} ablation"), groups, kind, given, config.tokens
-        )
+        batches = swept.batches(judged, f"{kind} ablation")
+        found = embeddings_under_ablation(tower, batches, groups, kind, given, config.tokens)
         bank |= {(kind, name): features for name, features in zip(names, found)}
-    norms = _removed_norms(tower, batches(judged, "norms"), means, roles)
-    return _report(results, roles, bank, text, owner, norms, (top, sets, labels), config)
-
-
-def _source_of(results: SweepResults, run: Any, config: AblateConfig):
-    """The pictures of the sweep, found again and checked by their hash.
-
-    Raises:
-        UserError: if the run's held-out data is no longer what was swept.
-    """
-    from interp.subject import open_pictures
-
-    swept = results.manifest["data"]
-    source, _ = open_pictures(config.data, config.root, config.split, swept["num"], run)
-    if source.digest != swept["sha256"]:
-        raise UserError(
-            f"{source.name} is not the data that was swept ({swept['name']}); give the "
-            "sweep's --data, --root and --split"
-        )
-    return source
+    norms = _removed_norms(tower, swept.batches(judged, "norms"), means, roles)
+    texts = text.cpu(), owner.cpu()
+    return _report(results, roles, bank, *texts, norms, (top, sets, labels), config)
 
 
 def _random_sets(results: SweepResults, top: Sequence[Head], config: AblateConfig):

@@ -77,13 +77,17 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class AblateConfig:
-    """What `interp.ablate` removes."""
+class OfSweep:
+    """What every command asks for that goes on from a sweep."""
 
     ckpt: Path | None = None
     """A checkpoint. Default: the newest under logs/."""
     results: Path | None = None
     """Folder of its sweep. Default: sweep/ beside the checkpoint."""
+    model: str | None = None
+    """The open_clip model name of the sweep, for weights that bring no configuration."""
+    pretrained: str | None = None
+    """With --model: an open_clip tag instead of --ckpt."""
     data: str | None = None
     """The data of the sweep, where that was not the checkpoint's own; with --root and --split as
     there."""
@@ -91,6 +95,30 @@ class AblateConfig:
     """Folder of --data coco."""
     split: str | None = None
     """Split of the data."""
+    seed: int = 0
+    """Seed of all draws."""
+    draws: int = 9999
+    """Bootstrap draws and permutations."""
+    batch_size: int = 32
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+    threads: int | None = None
+    """CPU threads."""
+    overwrite: bool = False
+    """Replace what this command wrote beside the sweep before."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        if self.pretrained is not None and self.model is None:
+            raise UserError("--pretrained needs --model NAME")
+        if self.data == "coco" and self.root is None:
+            raise UserError("--data coco needs --root FOLDER (with annotations/ in it)")
+
+
+@dataclass(frozen=True)
+class AblateConfig(OfSweep):
+    """What `interp.ablate` removes."""
+
     heads: str = "champion,random:20"
     """Comma list of L11H5, champion, top:K (K best of discovery, one by one), random:K (K other
     heads drawn at random), all."""
@@ -99,20 +127,9 @@ class AblateConfig:
     leaves this out."""
     tokens: Literal["all", "class"] = "all"
     """Replace the heads' outputs at every token or at the class token only."""
-    seed: int = 0
-    """Seed of the random heads and draws."""
-    draws: int = 9999
-    """Bootstrap draws and sign flips."""
-    batch_size: int = 32
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1."""
-    threads: int | None = None
-    """CPU threads."""
-    overwrite: bool = False
-    """Replace the ablation results that stand beside the sweep."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        super().__post_init__()
         if self.sets < 0:
             raise UserError("--sets must not be negative")
 
@@ -132,8 +149,8 @@ class ReportConfig:
     """Replace a page and pictures that stand there."""
 
 
-def _check_sizes(config: SweepConfig | AblateConfig) -> None:
-    """What both commands need; fewer than 99 draws make no 95 % interval."""
+def _check_sizes(config: SweepConfig | OfSweep) -> None:
+    """What all commands need; fewer than 99 draws make no 95 % interval."""
     for name, least in (("draws", 99), ("batch_size", 1), ("threads", 1)):
         value = getattr(config, name)
         if value is not None and value < least:

@@ -1,0 +1,167 @@
+"""A sweep opened again: its checkpoint, its pictures split by split, and their captions.
+
+The commands that ask what heads do (ablate, lens, relevance, circuit) go on from a sweep: the same
+pictures, the same split, so that whatever discovery chose is judged by validation alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from interp.collect import Subject, read_batches
+from interp.config import OfSweep
+from interp.hooked import HookedVisionTransformer
+from interp.results import SweepResults
+from interp.subject import default_folder, open_pictures, open_subject
+from superclip.data.batch import Record, Source
+from superclip.data.loader import tokenizer_for
+from superclip.errors import UserError, check_writable, replace_text
+from superclip.evaluation.encode import Encoder
+from superclip.model.factory import tokenizer
+from superclip.model.superclip import SuperCLIP
+from superclip.model.weights import newest_checkpoint
+from superclip.ops.world import choose_device
+
+Images = Float[Tensor, "_ 3 height width"]
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What a sweep looked at, in working order.
+
+    Attributes:
+        results: of the sweep.
+        folder: where they stand, and where siblings go.
+        source: the pictures, equal by hash to those swept.
+        tower: over the vision tower of the checkpoint, on the device.
+    """
+
+    results: SweepResults
+    folder: Path
+    subject: Subject
+    source: Source
+    tower: HookedVisionTransformer
+    device: torch.device
+    batch_size: int
+
+    @property
+    def model(self) -> SuperCLIP:
+        return self.subject.captioned
+
+    def ids(self, split: str) -> list[str]:
+        """Public ids of the pictures of `discovery` or `validation` that take part in tests."""
+        return self.results.image_ids[self.results.rows(split)].tolist()
+
+    def rows(self, split: str) -> list[int]:
+        """The same pictures as rows of the source."""
+        return [self._row_of[key] for key in self.ids(split)]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.source.keys)}
+
+    def records(self, split: str) -> list[Record]:
+        """What is known of the pictures of a split, in the order of `rows`."""
+        return [self.source.read(row) for row in self.rows(split)]
+
+    def batches(self, rows: Sequence[int], what: str) -> Iterator[Images]:
+        """Normalised pictures on the device, in the order of `rows`, with a bar called `what`."""
+        size = self.batch_size
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        yield from tqdm(self.pictures(chunks), what, len(chunks), unit="batch", disable=None)
+
+    def pictures(self, chunks: Iterable[Sequence[int]]) -> Iterator[Images]:
+        """Normalised pictures on the device, one batch a list of rows."""
+        for rows in chunks:
+            ((pixels, _),) = read_batches(self.source, self.subject.preprocess, rows, len(rows))
+            yield self.model.normalise(torch.from_numpy(pixels).to(self.device))
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Reads texts (and pictures) as the checkpoint does."""
+        tokenize = tokenizer_for(tokenizer(self.subject.model_config))
+        return Encoder(self.subject.preprocess, tokenize, self.device)
+
+    def captions(self, split: str) -> tuple[Float[Tensor, "caption d"], Int[Tensor, " caption"]]:
+        """Unit vectors of a split's captions, and the picture that each describes, counted within
+        the split."""
+        texts = [record.captions for record in self.records(split)]
+        owner = [i for i, own in enumerate(texts) for _ in own]
+        vectors = self.encoder.texts(self.model, [text for own in texts for text in own])
+        return vectors, torch.tensor(owner, device=self.device)
+
+    @property
+    def tie(self) -> dict[str, Any]:
+        """Facts that tie a report to its sweep."""
+        manifest = self.results.manifest
+        return {
+            "checkpoint_sha256": manifest["checkpoint"]["sha256"],
+            "images_sha256": manifest["images_sha256"],
+        }
+
+
+def open_swept(config: OfSweep) -> Swept:
+    """The sweep that a command goes on from.
+
+    Raises:
+        UserError: if there is no sweep, it is of another checkpoint, or its pictures can't be found
+            again.
+    """
+    logging.getLogger().setLevel(logging.ERROR)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    ckpt = config.ckpt
+    if ckpt is None and config.model is None:
+        ckpt = newest_checkpoint(Path("logs"))
+    folder = config.results or default_folder(ckpt)
+    results = SweepResults.load(folder)
+    subject, run = open_subject(ckpt, config.model, config.pretrained)
+    if subject.facts["sha256"] != results.manifest["checkpoint"]["sha256"]:
+        raise UserError(
+            f"{folder} is the sweep of another checkpoint than {ckpt or config.pretrained}; sweep "
+            "this one first, or name its --results"
+        )
+    swept = results.manifest["data"]
+    source, _ = open_pictures(config.data, config.root, config.split, swept["num"], run)
+    if source.digest != swept["sha256"]:
+        raise UserError(
+            f"{source.name} is not the data that was swept ({swept['name']}); give the sweep's "
+            "--data, --root and --split"
+        )
+    subject.captioned.to(device).eval()
+    tower = HookedVisionTransformer(subject.captioned.clip.visual)
+    return Swept(results, folder, subject, source, tower, device, config.batch_size)
+
+
+def claim(config: OfSweep, name: str) -> Path:
+    """Where a command's report goes: beside the sweep, and not over another one.
+
+    Raises:
+        UserError: if the file is there already and `--overwrite` is not given, or the folder can't
+            be written.
+    """
+    ckpt = config.ckpt
+    if ckpt is None and config.model is None and config.results is None:
+        ckpt = newest_checkpoint(Path("logs"))
+    path = (config.results or default_folder(ckpt)) / name
+    check_writable(path, "--results")
+    if path.exists() and not config.overwrite:
+        raise UserError(f"{path} exists; --overwrite replaces it")
+    return path
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """As JSON with sorted keys, whole or not at all."""
+    replace_text(path, json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
