@@ -131,7 +131,7 @@ COMMANDS = {
     "superclip.evaluate": ["--protocol", "--pool"],
     "superclip.pack": ["coco", "scenes"],
     "interp.sweep": ["--kind", "--untrained", "--metric"],
-    "interp.ablate": ["--heads", "--sets"],
+    "interp.ablate": ["--units", "--sets", "--kinds"],
     "interp.report": ["--challenger"],
 }
 
