@@ -1,0 +1,279 @@
+"""Relevance maps: which patches a picture's feature, or its cosine with a text, draws on.
+
+Every method reads hook sites and leaves no trace on the tower: gradients are taken with respect to
+hooked values by `torch.autograd.grad`, whether or not parameters require them. A relevance between
+tokens becomes a map by its read rows: those of the tokens that the tower pools, the class token's
+or the mean over the patches'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.hooked import HookedVisionTransformer
+from interp.hooked.blocks import wide
+from superclip.errors import UserError, nearest
+
+Images = Float[Tensor, "image 3 height width"]
+Texts = Float[Tensor, "image embed"]
+Maps = Float[Tensor, "image patch"]
+Square = Float[Tensor, "image query key"]
+Stream = Float[Tensor, "image token d_model"]
+Method = Callable[[HookedVisionTransformer, Images, Texts], Maps]
+
+PATTERN_BUDGET = 2**24
+"""Attention values held at once, 64 MiB in float32: three pictures of a B/16."""
+
+
+@torch.no_grad()
+def raw_attention(tower: HookedVisionTransformer, images: Images) -> Square:
+    """The last layer's attention, mean over heads; rows sum to 1."""
+    site = f"blocks.{tower.cfg.n_layers - 1}.attn.hook_pattern"
+    return tower.run_with_cache(images, names_filter=site)[1][site].mean(dim=1)
+
+
+@torch.no_grad()
+def rollout(tower: HookedVisionTransformer, images: Images) -> Square:
+    """Product over layers of (attention's mean over heads + I) / 2; rows sum to 1.
+
+    Abnar and Zuidema, "Quantifying Attention Flow" (2020), section 3: I is the residual path.
+    """
+    eye = _eye(tower, images)
+    rolled = [eye]
+
+    def onwards(pattern: Tensor, hook: Any) -> None:
+        rolled.append((pattern.to(eye).mean(dim=1) + eye) / 2 @ rolled.pop())
+
+    tower.run_with_hooks(images, fwd_hooks=[(lambda name: name.endswith("hook_pattern"), onwards)])
+    return rolled[0]
+
+
+def chefer(
+    tower: HookedVisionTransformer, images: Images, texts: Texts, start_layer: int = -1
+) -> Square:
+    """How relevant each key was to each query for the cosine y, before any layer's I is added.
+
+    R = I; from `start_layer` on R += (mean over heads of (dy/dA * A)+) R; returned is R - I
+    (Chefer et al., "Generic Attention-Model Explainability", 2021, eq. 5 and 6). Over several
+    layers R depends on the scale of y: it is the cosine here, not the logit.
+
+    Args:
+        start_layer: negative from the end; the default is the authors' for CLIP.
+    """
+    layers, patterns = _layers(tower, start_layer), []
+
+    def record(pattern: Tensor, hook: Any) -> Tensor:
+        patterns.append(pattern if patterns else pattern.detach().requires_grad_())
+        return patterns[-1]
+
+    with _graph(tower, images, layers[0]) as stream:
+        with tower.hooks(fwd_hooks=[(f"blocks.{k}.attn.hook_pattern", record) for k in layers]):
+            score = _cosine(tower(stream, start_at_layer=layers[0]), texts).sum()
+        gradients = torch.autograd.grad(score, patterns)
+    eye = _eye(tower, images)
+    found = torch.zeros_like(eye)
+    for pattern, gradient in zip(patterns, gradients, strict=True):
+        step = (pattern.detach().to(eye) * gradient.to(eye)).clamp_min(0).mean(dim=1)
+        found = found + step @ (found + eye)
+    return found
+
+
+def legrad(
+    tower: HookedVisionTransformer,
+    images: Images,
+    texts: Texts,
+    start_layer: int = -2,
+    pool: Literal["tower", "tokens"] = "tower",
+) -> Maps:
+    """Sum over layers of (ds_l/dA_l)+, mean over heads and queries (Bousselham et al., 2024).
+
+    s_l is the cosine of the text with the output of a tower that ended after layer l. No minimum is
+    taken off the map.
+
+    Args:
+        start_layer: negative from the end; the default is the authors' for a B/16.
+        pool: as the `tower` does (their paper), or the mean of all `tokens` (their code).
+    """
+    layers, n_layers = _layers(tower, start_layer), tower.cfg.n_layers
+    patterns, streams = [], []
+
+    def cut(stream: Tensor, hook: Any) -> Tensor:
+        return stream.detach()  # s_l then reaches A_l alone, and one backward pass serves all
+
+    def record(pattern: Tensor, hook: Any) -> Tensor:
+        patterns.append(pattern.detach().requires_grad_())
+        return patterns[-1]
+
+    def keep(stream: Tensor, hook: Any) -> None:
+        streams.append(stream)
+
+    hooks = {"hook_resid_pre": cut, "attn.hook_pattern": record, "hook_resid_post": keep}
+    sites = [(f"blocks.{k}.{site}", hook) for k in layers for site, hook in hooks.items()]
+    with _graph(tower, images, layers[0]) as stream:
+        with tower.hooks(fwd_hooks=sites):
+            tower(stream, start_at_layer=layers[0], stop_at_layer=n_layers)
+        if pool == "tower":
+            ends = [tower(stream, start_at_layer=n_layers) for stream in streams]
+        else:
+            ends = [_projected(tower, stream.mean(dim=1)) for stream in streams]
+        scores = torch.stack([_cosine(features, texts) for features in ends])
+        gradients = torch.autograd.grad(scores.sum(), patterns)
+    maps = [g.to(wide(g.dtype)).clamp_min(0).mean(dim=(1, 2)) for g in gradients]
+    return torch.stack(maps).sum(dim=0)[:, tower.cfg.prefix_tokens :]
+
+
+def gradcam(tower: HookedVisionTransformer, images: Images, texts: Texts) -> Maps:
+    """(sum over d of x_pd times the patches' mean of dy/dx_d)+, x being what enters the last block.
+
+    Selvaraju et al., "Grad-CAM" (2017), eq. 1 and 2. Behind that block, the feature of a tower that
+    pools the class token has no gradient at any patch.
+    """
+    last, first = tower.cfg.n_layers - 1, tower.cfg.prefix_tokens
+    with _graph(tower, images, last) as stream:
+        score = _cosine(tower(stream.requires_grad_(), start_at_layer=last), texts).sum()
+        (gradient,) = torch.autograd.grad(score, [stream])
+    x, gradient = (part.detach().to(wide(part.dtype))[:, first:] for part in (stream, gradient))
+    return (x * gradient.mean(dim=1, keepdim=True)).sum(dim=-1).clamp_min(0)
+
+
+@torch.no_grad()
+def dense(
+    tower: HookedVisionTransformer, images: Images, form: Literal["maskclip", "sclip"]
+) -> Float[Tensor, "image patch embed"]:
+    """Patches in the joint space, not normalised, by another attention in the last block.
+
+    maskclip: v, `out_proj`, `ln_post`, `proj`; no token looks at another, and residual path and MLP
+    of the block are left out (Zhou et al., "Extract Free Dense Labels from CLIP", 2022). sclip:
+    softmax(q q') + softmax(k k'), and the rest as it is (Wang et al., "SCLIP", 2024, eq. 5).
+    """
+    block, kept = f"blocks.{tower.cfg.n_layers - 1}", {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        kept[hook.name.removeprefix(block)] = value
+
+    def swap(pattern: Tensor, hook: Any) -> Tensor:
+        if form == "maskclip":
+            return _eye(tower, images).to(pattern)[:, None].expand_as(pattern)
+        q, k = (kept[f".attn.hook_{name}"].transpose(1, 2) for name in "qk")
+        return sum(((x * x.shape[-1] ** -0.5) @ x.mT).softmax(dim=-1) for x in (q, k))  # pyright: ignore[reportReturnType]
+
+    sites = [f"{block}.{site}" for site in ("attn.hook_q", "attn.hook_k", "hook_attn_out")]
+    swapped = (f"{block}.attn.hook_pattern", swap)
+    with tower.hooks(fwd_hooks=[*((site, keep) for site in sites), swapped]):
+        stream = tower(images, stop_at_layer=tower.cfg.n_layers)
+    stream = kept[".hook_attn_out"] if form == "maskclip" else stream
+    return _projected(tower, stream[:, tower.cfg.prefix_tokens :])
+
+
+def _dense_map(tower: HookedVisionTransformer, images: Images, texts: Texts, form: Any) -> Maps:
+    """Cosine of each patch with the text, above that of the picture's least patch."""
+    cosine = _cosine(dense(tower, images, form), texts[:, None])
+    return cosine - cosine.amin(dim=-1, keepdim=True)
+
+
+def _read_rows(of: Callable[..., Square], texts_too: bool = True, **options: Any) -> Method:
+    def read(tower: HookedVisionTransformer, images: Images, texts: Texts) -> Maps:
+        square = of(tower, images, *([texts] if texts_too else []), **options)
+        first, patches = tower.cfg.prefix_tokens, square[..., tower.cfg.prefix_tokens :]
+        return patches[:, 0] if tower.cfg.pool_type == "tok" else patches[:, first:].mean(dim=1)
+
+    return read
+
+
+METHODS: dict[str, Method] = {
+    "attention": _read_rows(raw_attention, texts_too=False),
+    "rollout": _read_rows(rollout, texts_too=False),
+    "chefer": _read_rows(chefer),
+    "chefer-all": _read_rows(chefer, start_layer=0),
+    "legrad": legrad,
+    "legrad-all": partial(legrad, start_layer=0),
+    "legrad-mean": partial(legrad, pool="tokens"),
+    "legrad-mean-all": partial(legrad, start_layer=0, pool="tokens"),
+    "gradcam": gradcam,
+    "maskclip": partial(_dense_map, form="maskclip"),
+    "sclip": partial(_dense_map, form="sclip"),
+}
+READ_NO_TEXT = ("attention", "rollout")
+HOLD_CLASS_TOKEN = ("legrad-mean", "legrad-mean-all")
+
+
+def check_method(tower: HookedVisionTransformer, name: str) -> None:
+    """Raises UserError for a method that does not exist, or not for this tower."""
+    if name not in METHODS:
+        raise UserError(f"method {name!r} is unknown; {nearest(name, METHODS)}")
+    if name in HOLD_CLASS_TOKEN and tower.cfg.pool_type != "tok":
+        raise UserError(
+            f"method {name!r} averages the class token with the patches, and this tower reads the "
+            "patches alone; take legrad or legrad-all, which pool as the tower does"
+        )
+
+
+def relevance(tower: HookedVisionTransformer, name: str, images: Images, texts: Texts) -> Maps:
+    """Maps of a method of `METHODS`, made to be scored as attention is: none below 0, sums of 1.
+
+    A map without any mass becomes uniform. Pictures go through a few at a time (`PATTERN_BUDGET`).
+
+    Args:
+        texts: one an image, of any length but 0; those of `READ_NO_TEXT` do not look at them.
+
+    Raises:
+        UserError: As `check_method`; there is not one text an image, or a map is not finite.
+    """
+    check_method(tower, name)
+    cfg = tower.cfg
+    if tuple(texts.shape) != (len(images), cfg.embed_dim):
+        raise UserError(f"texts are {list(texts.shape)}, not {[len(images), cfg.embed_dim]}")
+    size = max(1, PATTERN_BUDGET // (cfg.n_layers * cfg.n_heads * cfg.n_ctx**2))
+    chunks = zip(images.split(size), texts.split(size), strict=True)
+    maps = torch.cat([METHODS[name](tower, *chunk).to(wide(cfg.dtype)) for chunk in chunks])
+    if not bool(maps.isfinite().all()):
+        raise UserError(f"{name} is not finite: pictures, texts or weights hold NaN or infinity")
+    total = maps.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, maps / torch.where(total > 0, total, 1), 1 / maps.shape[-1])
+
+
+def _layers(tower: HookedVisionTransformer, start_layer: int) -> range:
+    """Layers from one on; all of them where fewer are asked for from the end."""
+    every = range(tower.cfg.n_layers)
+    if start_layer >= len(every):
+        raise UserError(f"start_layer {start_layer}: the tower has layers 0 to {every[-1]}")
+    return every[start_layer:]
+
+
+def _eye(tower: HookedVisionTransformer, images: Images) -> Square:
+    n, dtype = tower.cfg.n_ctx, wide(tower.cfg.dtype)
+    return torch.eye(n, dtype=dtype, device=images.device).expand(len(images), n, n)
+
+
+@contextmanager
+def _graph(tower: HookedVisionTransformer, images: Images, layer: int) -> Iterator[Stream]:
+    """The stream that enters a layer; in the block gradients are on and in full precision, whatever
+    the caller's context."""
+    off = torch.autocast(images.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), off:
+        with torch.no_grad():
+            stream = tower(images, stop_at_layer=layer)
+        yield stream
+
+
+def _projected(
+    tower: HookedVisionTransformer, stream: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows embed"]:
+    """Tokens through `ln_post` and `proj`, as the pooled one goes."""
+    stream, proj = tower.ln_final(stream), tower.visual.proj
+    return stream if proj is None else stream @ proj
+
+
+def _cosine(
+    features: Float[Tensor, "*rows embed"], texts: Float[Tensor, "*rows2 embed"]
+) -> Float[Tensor, "*rows"]:
+    # A copy, because autograd keeps no tensor that the caller made in inference mode.
+    return F.cosine_similarity(features, texts.clone().to(features), dim=-1)
