@@ -26,11 +26,10 @@ Images = Float[Tensor, "image 3 height width"]
 Texts = Float[Tensor, "image embed"]
 Maps = Float[Tensor, "image patch"]
 Square = Float[Tensor, "image query key"]
-Stream = Float[Tensor, "image token d_model"]
 Method = Callable[[HookedVisionTransformer, Images, Texts], Maps]
 
 PATTERN_BUDGET = 2**24
-"""Attention values held at once, 64 MiB in float32: three pictures of a B/16."""
+"""Attention values held at once, 64 MiB in float32: two pictures of a B/16."""
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def raw_attention(tower: HookedVisionTransformer, images: Images) -> Square:
 def rollout(tower: HookedVisionTransformer, images: Images) -> Square:
     """Product over layers of (attention's mean over heads + I) / 2; rows sum to 1.
 
-    Abnar and Zuidema, "Quantifying Attention Flow" (2020), section 3: I is the residual path.
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (2020): I is the residual path.
     """
     eye = _eye(tower, images)
     rolled = [eye]
@@ -59,21 +58,17 @@ def rollout(tower: HookedVisionTransformer, images: Images) -> Square:
 def chefer(
     tower: HookedVisionTransformer, images: Images, texts: Texts, start_layer: int = -1
 ) -> Square:
-    """How relevant each key was to each query for the cosine y, before any layer's I is added.
+    """How much each key matters to each query for the cosine y of feature and text: R - I.
 
-    R = I; from `start_layer` on R += (mean over heads of (dy/dA * A)+) R; returned is R - I
-    (Chefer et al., "Generic Attention-Model Explainability", 2021, eq. 5 and 6). Over several
-    layers R depends on the scale of y: it is the cosine here, not the logit.
+    R = I; from `start_layer` on R += mean over heads of (dy/dA * A)+ times R (Chefer et al.,
+    "Generic Attention-model Explainability", 2021, eq. 5 and 6). Over several layers R depends on
+    the scale of y, which is the cosine and not the logit.
 
     Args:
         start_layer: negative from the end; the default is the authors' for CLIP.
     """
     layers, patterns = _layers(tower, start_layer), []
-
-    def record(pattern: Tensor, hook: Any) -> Tensor:
-        patterns.append(pattern if patterns else pattern.detach().requires_grad_())
-        return patterns[-1]
-
+    record = _recorder(patterns)
     with _graph(tower, images, layers[0]) as stream:
         with tower.hooks(fwd_hooks=[(f"blocks.{k}.attn.hook_pattern", record) for k in layers]):
             score = _cosine(tower(stream, start_at_layer=layers[0]), texts).sum()
@@ -99,23 +94,17 @@ def legrad(
     taken off the map.
 
     Args:
-        start_layer: negative from the end; the default is the authors' for a B/16.
+        start_layer: negative from the end; the default is the last two.
         pool: as the `tower` does (their paper), or the mean of all `tokens` (their code).
     """
     layers, n_layers = _layers(tower, start_layer), tower.cfg.n_layers
     patterns, streams = [], []
-
-    def cut(stream: Tensor, hook: Any) -> Tensor:
-        return stream.detach()  # s_l then reaches A_l alone, and one backward pass serves all
-
-    def record(pattern: Tensor, hook: Any) -> Tensor:
-        patterns.append(pattern.detach().requires_grad_())
-        return patterns[-1]
-
-    def keep(stream: Tensor, hook: Any) -> None:
-        streams.append(stream)
-
-    hooks = {"hook_resid_pre": cut, "attn.hook_pattern": record, "hook_resid_post": keep}
+    hooks: dict[str, Callable[..., Any]] = {
+        # Cut, s_l reaches A_l alone, and one backward pass serves all layers.
+        "hook_resid_pre": lambda stream, hook: stream.detach(),
+        "attn.hook_pattern": _recorder(patterns),
+        "hook_resid_post": _recorder(streams),
+    }
     sites = [(f"blocks.{k}.{site}", hook) for k in layers for site, hook in hooks.items()]
     with _graph(tower, images, layers[0]) as stream:
         with tower.hooks(fwd_hooks=sites):
@@ -152,24 +141,25 @@ def dense(
 
     maskclip: v, `out_proj`, `ln_post`, `proj`; no token looks at another, and residual path and MLP
     of the block are left out (Zhou et al., "Extract Free Dense Labels from CLIP", 2022). sclip:
-    softmax(q q') + softmax(k k'), and the rest as it is (Wang et al., "SCLIP", 2024, eq. 5).
+    softmax(q q') + softmax(k k'), and the rest as it is (Wang et al., "SCLIP", 2024).
     """
     block, kept = f"blocks.{tower.cfg.n_layers - 1}", {}
 
     def keep(value: Tensor, hook: Any) -> None:
-        kept[hook.name.removeprefix(block)] = value
+        kept[hook.name.rpartition("hook_")[2]] = value
 
     def swap(pattern: Tensor, hook: Any) -> Tensor:
         if form == "maskclip":
             return _eye(tower, images).to(pattern)[:, None].expand_as(pattern)
-        q, k = (kept[f".attn.hook_{name}"].transpose(1, 2) for name in "qk")
-        return sum(((x * x.shape[-1] ** -0.5) @ x.mT).softmax(dim=-1) for x in (q, k))  # pyright: ignore[reportReturnType]
+        parts = (kept[name].transpose(1, 2) for name in "qk")
+        q, k = (((x * x.shape[-1] ** -0.5) @ x.mT).softmax(dim=-1) for x in parts)
+        return q + k
 
     sites = [f"{block}.{site}" for site in ("attn.hook_q", "attn.hook_k", "hook_attn_out")]
     swapped = (f"{block}.attn.hook_pattern", swap)
     with tower.hooks(fwd_hooks=[*((site, keep) for site in sites), swapped]):
         stream = tower(images, stop_at_layer=tower.cfg.n_layers)
-    stream = kept[".hook_attn_out"] if form == "maskclip" else stream
+    stream = kept["attn_out"] if form == "maskclip" else stream
     return _projected(tower, stream[:, tower.cfg.prefix_tokens :])
 
 
@@ -179,9 +169,9 @@ def _dense_map(tower: HookedVisionTransformer, images: Images, texts: Texts, for
     return cosine - cosine.amin(dim=-1, keepdim=True)
 
 
-def _read_rows(of: Callable[..., Square], texts_too: bool = True, **options: Any) -> Method:
+def _read_rows(of: Callable[..., Square], reads_text: bool = True, **options: Any) -> Method:
     def read(tower: HookedVisionTransformer, images: Images, texts: Texts) -> Maps:
-        square = of(tower, images, *([texts] if texts_too else []), **options)
+        square = of(tower, images, *([texts] if reads_text else []), **options)
         first, patches = tower.cfg.prefix_tokens, square[..., tower.cfg.prefix_tokens :]
         return patches[:, 0] if tower.cfg.pool_type == "tok" else patches[:, first:].mean(dim=1)
 
@@ -189,8 +179,8 @@ def _read_rows(of: Callable[..., Square], texts_too: bool = True, **options: Any
 
 
 METHODS: dict[str, Method] = {
-    "attention": _read_rows(raw_attention, texts_too=False),
-    "rollout": _read_rows(rollout, texts_too=False),
+    "attention": _read_rows(raw_attention, reads_text=False),
+    "rollout": _read_rows(rollout, reads_text=False),
     "chefer": _read_rows(chefer),
     "chefer-all": _read_rows(chefer, start_layer=0),
     "legrad": legrad,
@@ -205,14 +195,29 @@ READ_NO_TEXT = ("attention", "rollout")
 HOLD_CLASS_TOKEN = ("legrad-mean", "legrad-mean-all")
 
 
+def methods_of(tower: HookedVisionTransformer, wanted: str = "all") -> list[str]:
+    """A comma list's methods, raw attention first; `all` are those that make sense of this tower.
+
+    Raises:
+        UserError: As `check_method`.
+    """
+    names = [name.strip() for name in wanted.split(",")]
+    if wanted == "all":
+        skipped = () if tower.cfg.pool_type == "tok" else HOLD_CLASS_TOKEN
+        names = [name for name in METHODS if name not in skipped]
+    for name in names:
+        check_method(tower, name)
+    return [name for name in METHODS if name in ("attention", *names)]
+
+
 def check_method(tower: HookedVisionTransformer, name: str) -> None:
     """Raises UserError for a method that does not exist, or not for this tower."""
     if name not in METHODS:
-        raise UserError(f"method {name!r} is unknown; {nearest(name, METHODS)}")
+        raise UserError(f"relevance method {name!r} is unknown; {nearest(name, METHODS)}")
     if name in HOLD_CLASS_TOKEN and tower.cfg.pool_type != "tok":
         raise UserError(
-            f"method {name!r} averages the class token with the patches, and this tower reads the "
-            "patches alone; take legrad or legrad-all, which pool as the tower does"
+            f"relevance method {name!r} averages the class token with the patches, and this tower "
+            "reads the patches alone; take legrad or legrad-all, which pool as the tower does"
         )
 
 
@@ -253,9 +258,16 @@ def _eye(tower: HookedVisionTransformer, images: Images) -> Square:
     return torch.eye(n, dtype=dtype, device=images.device).expand(len(images), n, n)
 
 
+def _recorder(values: list[Tensor]) -> Callable[..., None]:
+    """A hook that keeps values; the graph begins there if no parameter requires gradients."""
+    return lambda value, hook: values.append(value.requires_grad_())
+
+
 @contextmanager
-def _graph(tower: HookedVisionTransformer, images: Images, layer: int) -> Iterator[Stream]:
-    """The stream that enters a layer; in the block gradients are on and in full precision, whatever
+def _graph(
+    tower: HookedVisionTransformer, images: Images, layer: int
+) -> Iterator[Float[Tensor, "image token d_model"]]:
+    """The stream that enters a layer; within, gradients are on and the precision is full, whatever
     the caller's context."""
     off = torch.autocast(images.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), off:
@@ -273,7 +285,7 @@ def _projected(
 
 
 def _cosine(
-    features: Float[Tensor, "*rows embed"], texts: Float[Tensor, "*rows2 embed"]
+    features: Float[Tensor, "*rows embed"], texts: Float[Tensor, "*of_rows embed"]
 ) -> Float[Tensor, "*rows"]:
     # A copy, because autograd keeps no tensor that the caller made in inference mode.
     return F.cosine_similarity(features, texts.clone().to(features), dim=-1)
