@@ -22,25 +22,28 @@ from interp.hooked import HookedVisionTransformer
 from interp.hooked.blocks import wide
 from superclip.errors import UserError, nearest
 
+Tower = HookedVisionTransformer
 Images = Float[Tensor, "image 3 height width"]
 Texts = Float[Tensor, "image embed"]
 Maps = Float[Tensor, "image patch"]
 Square = Float[Tensor, "image query key"]
-Method = Callable[[HookedVisionTransformer, Images, Texts], Maps]
+Pool = Literal["tower", "tokens"]
+Form = Literal["maskclip", "sclip"]
+Method = Callable[[Tower, Images, Texts], Maps]
 
 PATTERN_BUDGET = 2**24
-"""Attention values held at once, 64 MiB in float32: two pictures of a B/16."""
+"""Attention values held at once, 64 MiB in float32: three pictures of a B/16."""
 
 
 @torch.no_grad()
-def raw_attention(tower: HookedVisionTransformer, images: Images) -> Square:
+def raw_attention(tower: Tower, images: Images) -> Square:
     """The last layer's attention, mean over heads; rows sum to 1."""
     site = f"blocks.{tower.cfg.n_layers - 1}.attn.hook_pattern"
     return tower.run_with_cache(images, names_filter=site)[1][site].mean(dim=1)
 
 
 @torch.no_grad()
-def rollout(tower: HookedVisionTransformer, images: Images) -> Square:
+def rollout(tower: Tower, images: Images) -> Square:
     """Product over layers of (attention's mean over heads + I) / 2; rows sum to 1.
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (2020): I is the residual path.
@@ -55,9 +58,7 @@ def rollout(tower: HookedVisionTransformer, images: Images) -> Square:
     return rolled[0]
 
 
-def chefer(
-    tower: HookedVisionTransformer, images: Images, texts: Texts, start_layer: int = -1
-) -> Square:
+def chefer(tower: Tower, images: Images, texts: Texts, start_layer: int = -1) -> Square:
     """How much each key matters to each query for the cosine y of feature and text: R - I.
 
     R = I; from `start_layer` on R += mean over heads of (dy/dA * A)+ times R (Chefer et al.,
@@ -82,11 +83,7 @@ def chefer(
 
 
 def legrad(
-    tower: HookedVisionTransformer,
-    images: Images,
-    texts: Texts,
-    start_layer: int = -2,
-    pool: Literal["tower", "tokens"] = "tower",
+    tower: Tower, images: Images, texts: Texts, start_layer: int = -2, pool: Pool = "tower"
 ) -> Maps:
     """Sum over layers of (ds_l/dA_l)+, mean over heads and queries (Bousselham et al., 2024).
 
@@ -119,7 +116,7 @@ def legrad(
     return torch.stack(maps).sum(dim=0)[:, tower.cfg.prefix_tokens :]
 
 
-def gradcam(tower: HookedVisionTransformer, images: Images, texts: Texts) -> Maps:
+def gradcam(tower: Tower, images: Images, texts: Texts) -> Maps:
     """(sum over d of x_pd times the patches' mean of dy/dx_d)+, x being what enters the last block.
 
     Selvaraju et al., "Grad-CAM" (2017), eq. 1 and 2. Behind that block, the feature of a tower that
@@ -134,9 +131,7 @@ def gradcam(tower: HookedVisionTransformer, images: Images, texts: Texts) -> Map
 
 
 @torch.no_grad()
-def dense(
-    tower: HookedVisionTransformer, images: Images, form: Literal["maskclip", "sclip"]
-) -> Float[Tensor, "image patch embed"]:
+def dense(tower: Tower, images: Images, form: Form) -> Float[Tensor, "image patch embed"]:
     """Patches in the joint space, not normalised, by another attention in the last block.
 
     maskclip: v, `out_proj`, `ln_post`, `proj`; no token looks at another, and residual path and MLP
@@ -163,14 +158,14 @@ def dense(
     return _projected(tower, stream[:, tower.cfg.prefix_tokens :])
 
 
-def _dense_map(tower: HookedVisionTransformer, images: Images, texts: Texts, form: Any) -> Maps:
+def _dense_map(tower: Tower, images: Images, texts: Texts, form: Form) -> Maps:
     """Cosine of each patch with the text, above that of the picture's least patch."""
     cosine = _cosine(dense(tower, images, form), texts[:, None])
     return cosine - cosine.amin(dim=-1, keepdim=True)
 
 
 def _read_rows(of: Callable[..., Square], reads_text: bool = True, **options: Any) -> Method:
-    def read(tower: HookedVisionTransformer, images: Images, texts: Texts) -> Maps:
+    def read(tower: Tower, images: Images, texts: Texts) -> Maps:
         square = of(tower, images, *([texts] if reads_text else []), **options)
         first, patches = tower.cfg.prefix_tokens, square[..., tower.cfg.prefix_tokens :]
         return patches[:, 0] if tower.cfg.pool_type == "tok" else patches[:, first:].mean(dim=1)
@@ -195,33 +190,30 @@ READ_NO_TEXT = ("attention", "rollout")
 HOLD_CLASS_TOKEN = ("legrad-mean", "legrad-mean-all")
 
 
-def methods_of(tower: HookedVisionTransformer, wanted: str = "all") -> list[str]:
+def methods_of(tower: Tower, wanted: str = "all") -> list[str]:
     """A comma list's methods, raw attention first; `all` are those that make sense of this tower.
 
     Raises:
-        UserError: As `check_method`.
+        UserError: One does not exist, or does not fit this tower.
     """
-    names = [name.strip() for name in wanted.split(",")]
+    misfits = () if tower.cfg.pool_type == "tok" else HOLD_CLASS_TOKEN
     if wanted == "all":
-        skipped = () if tower.cfg.pool_type == "tok" else HOLD_CLASS_TOKEN
-        names = [name for name in METHODS if name not in skipped]
+        return [name for name in METHODS if name not in misfits]
+    names = [name.strip() for name in wanted.split(",")]
     for name in names:
-        check_method(tower, name)
+        if name not in METHODS:
+            raise UserError(f"relevance method {name!r} is unknown; {nearest(name, METHODS)}")
+        if name in misfits:
+            raise UserError(
+                f"relevance method {name!r} averages the class token with the patches, and this "
+                "tower reads the patches alone; take legrad or legrad-all, which pool as it does"
+            )
     return [name for name in METHODS if name in ("attention", *names)]
 
 
-def check_method(tower: HookedVisionTransformer, name: str) -> None:
-    """Raises UserError for a method that does not exist, or not for this tower."""
-    if name not in METHODS:
-        raise UserError(f"relevance method {name!r} is unknown; {nearest(name, METHODS)}")
-    if name in HOLD_CLASS_TOKEN and tower.cfg.pool_type != "tok":
-        raise UserError(
-            f"relevance method {name!r} averages the class token with the patches, and this tower "
-            "reads the patches alone; take legrad or legrad-all, which pool as the tower does"
-        )
-
-
-def relevance(tower: HookedVisionTransformer, name: str, images: Images, texts: Texts) -> Maps:
+def relevance(
+    tower: Tower, name: str, images: Images, texts: Float[Tensor, "text embed"]
+) -> Maps:
     """Maps of a method of `METHODS`, made to be scored as attention is: none below 0, sums of 1.
 
     A map without any mass becomes uniform. Pictures go through a few at a time (`PATTERN_BUDGET`).
@@ -230,9 +222,9 @@ def relevance(tower: HookedVisionTransformer, name: str, images: Images, texts: 
         texts: one an image, of any length but 0; those of `READ_NO_TEXT` do not look at them.
 
     Raises:
-        UserError: As `check_method`; there is not one text an image, or a map is not finite.
+        UserError: As `methods_of`; there is not one text an image, or a map is not finite.
     """
-    check_method(tower, name)
+    methods_of(tower, name)  # that it is one
     cfg = tower.cfg
     if tuple(texts.shape) != (len(images), cfg.embed_dim):
         raise UserError(f"texts are {list(texts.shape)}, not {[len(images), cfg.embed_dim]}")
@@ -245,7 +237,7 @@ def relevance(tower: HookedVisionTransformer, name: str, images: Images, texts: 
     return torch.where(total > 0, maps / torch.where(total > 0, total, 1), 1 / maps.shape[-1])
 
 
-def _layers(tower: HookedVisionTransformer, start_layer: int) -> range:
+def _layers(tower: Tower, start_layer: int) -> range:
     """Layers from one on; all of them where fewer are asked for from the end."""
     every = range(tower.cfg.n_layers)
     if start_layer >= len(every):
@@ -253,7 +245,7 @@ def _layers(tower: HookedVisionTransformer, start_layer: int) -> range:
     return every[start_layer:]
 
 
-def _eye(tower: HookedVisionTransformer, images: Images) -> Square:
+def _eye(tower: Tower, images: Images) -> Square:
     n, dtype = tower.cfg.n_ctx, wide(tower.cfg.dtype)
     return torch.eye(n, dtype=dtype, device=images.device).expand(len(images), n, n)
 
@@ -265,7 +257,7 @@ def _recorder(values: list[Tensor]) -> Callable[..., None]:
 
 @contextmanager
 def _graph(
-    tower: HookedVisionTransformer, images: Images, layer: int
+    tower: Tower, images: Images, layer: int
 ) -> Iterator[Float[Tensor, "image token d_model"]]:
     """The stream that enters a layer; within, gradients are on and the precision is full, whatever
     the caller's context."""
@@ -277,7 +269,7 @@ def _graph(
 
 
 def _projected(
-    tower: HookedVisionTransformer, stream: Float[Tensor, "*rows d_model"]
+    tower: Tower, stream: Float[Tensor, "*rows d_model"]
 ) -> Float[Tensor, "*rows embed"]:
     """Tokens through `ln_post` and `proj`, as the pooled one goes."""
     stream, proj = tower.ln_final(stream), tower.visual.proj

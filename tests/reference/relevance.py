@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from reference.hooked import norm
 
 
