@@ -48,8 +48,8 @@ def collect(swept: Swept, wanted: str) -> dict[str, np.ndarray]:
 
     Returns:
         `methods`; `discovery` and `validation`, `[picture, method, patch]`, for the captions;
-        `pairs`, `[pair, method, patch]`, of `pair_methods` for the names of categories, in
-        validation pictures that show several, one a row `pair_rows` of the sweep's categories.
+        `pair_rows` of the sweep's categories, in validation pictures that show several; `pairs`,
+        `[row, method, patch]`, of `pair_methods` for their names, unless there are too few.
 
     Raises:
         UserError: for a method that does not exist, or not for this tower, or too few pictures.
@@ -64,22 +64,19 @@ def collect(swept: Swept, wanted: str) -> dict[str, np.ndarray]:
     found = {"methods": np.array(methods), "pair_methods": np.array(reading)}
     for split in ("discovery", "validation"):
         if len(rows := swept.rows(split)) < FEWEST:
-            raise UserError(
-                f"only {len(rows)} {split} pictures of the sweep take part in tests, {FEWEST} are "
-                "needed; sweep more pictures"
-            )
+            raise UserError(f"only {len(rows)} {split} pictures, {FEWEST} are needed; sweep more")
         vectors, owner = swept.captions(split)
         texts = vectors.new_zeros(len(rows), vectors.shape[1]).index_add_(0, owner, vectors)
         found[split] = _maps(swept, methods, rows, texts, torch.arange(len(rows)), split)
     image, judged = results.category_image, results.rows("validation")
     several = np.bincount(image, minlength=len(results.split)) > 1
-    pairs = np.flatnonzero(several[image] & np.isin(image, judged))
+    found["pair_rows"] = pairs = np.flatnonzero(several[image] & np.isin(image, judged))
     pictures, owner = np.unique(image[pairs], return_inverse=True)
     if reading and len(pictures) >= FEWEST:
         rows = [swept.rows("validation")[k] for k in np.searchsorted(judged, pictures)]
         texts = category_texts(swept)[results.category_id[pairs].astype(np.int64)]
-        maps = _maps(swept, reading, rows, texts, torch.from_numpy(owner), "categories")
-        found |= {"pair_rows": pairs, "pairs": maps}
+        places = torch.from_numpy(owner)
+        found["pairs"] = _maps(swept, reading, rows, texts, places, "categories")
     return found
 
 
@@ -185,16 +182,15 @@ def league(
         columns[f"excess_minus_{name}"] = bands(excess - excess[:, [k]], stratum, lost=2)
         columns[f"auroc_minus_{name}"] = bands(auroc - auroc[:, [k]], stratum)
     rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
-    shown = 0
     if "pairs" in found:
         for name, values in specificity(results, found["pair_rows"], found["pairs"]).items():
-            shown = len(values)
-            for method, band in zip(found["pair_methods"], bands(values, np.zeros(shown, int))):
+            one = np.zeros(len(values), np.int64)
+            for method, band in zip(found["pair_methods"], bands(values, one)):
                 rows[methods.index(method)][name] = band
     return {
         "n": len(maps),
         "discovery_n": len(drawn),
-        "several_categories_n": shown,
+        "several_categories_n": len(np.unique(results.category_image[found["pair_rows"]])),
         "champion": names[len(methods)],
         "kind": results.manifest["kind"],
         "best_of_discovery": max(rows[: len(methods)], key=lambda r: r["discovery_excess"])["map"],
@@ -255,17 +251,21 @@ def render(report: dict[str, Any]) -> str:
         f"(n = {report['discovery_n']}), on validation {_show(best['excess'])}",
         *(off_zero(key, title, moving) for key, title in gaps.items()),
     ]
-    if named:
-        count = report["several_categories_n"]
-        lines += ["", f"n = {count} pictures of several categories; text: a category's name"]
+    lines += ["", f"{report['several_categories_n']} pictures of several categories"]
+    if not named:
+        lines[-1] += ": too few, or no method that reads a text, for specificity"
+    else:
+        lines[-1] += f", n = {named[0]['specificity']['n']}; text: a category's name"
         own = {"category_auroc": "AUROC, own boxes", "specificity": "minus other boxes"}
         lines += [*table(named, **own)[1:], off_zero("specificity", "specificity", named)]
     lines += [
         "",
-        "brackets: 95 % bands, for all maps of a column at once; excess: over the map's own prior; "
-        "p: pairing permutation",
-        "mass and excess depend on how sharp a map is, AUROC and pointing do not; power: that of "
-        "the best excess on discovery",
+        "brackets: 95 % bands, for all maps of a column at once; p: pairing permutation, likewise",
+        "excess: over the map's own prior; like mass it depends on how sharp a map is, AUROC and "
+        "pointing do not; power: to it, a map has the best excess on discovery",
+        f"chosen on discovery as well: {head} (attention of {report['kind']}) and the fixed patch",
+        "a map that finds the boxes shows neither that training made it so nor that the model uses "
+        "what is there",
     ]
     if flat := [f"{row['map']} {row['flat']}" for row in moving if row["flat"]]:
         lines.append(f"pictures whose map has no mass and counts as uniform: {', '.join(flat)}")
@@ -275,7 +275,8 @@ def render(report: dict[str, Any]) -> str:
 def _show(value: Any) -> str:
     if not isinstance(value, dict):
         return f"{value:.4g}"
-    return f"{value['estimate']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    estimate, low, high = (round(value[k], 3) + 0.0 for k in ("estimate", "low", "high"))  # no -0
+    return f"{estimate:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

@@ -211,9 +211,7 @@ def methods_of(tower: Tower, wanted: str = "all") -> list[str]:
     return [name for name in METHODS if name in ("attention", *names)]
 
 
-def relevance(
-    tower: Tower, name: str, images: Images, texts: Float[Tensor, "text embed"]
-) -> Maps:
+def relevance(tower: Tower, name: str, images: Images, texts: Float[Tensor, "text embed"]) -> Maps:
     """Maps of a method of `METHODS`, made to be scored as attention is: none below 0, sums of 1.
 
     A map without any mass becomes uniform. Pictures go through a few at a time (`PATTERN_BUDGET`).
@@ -279,5 +277,4 @@ def _projected(
 def _cosine(
     features: Float[Tensor, "*rows embed"], texts: Float[Tensor, "*of_rows embed"]
 ) -> Float[Tensor, "*rows"]:
-    # A copy, because autograd keeps no tensor that the caller made in inference mode.
-    return F.cosine_similarity(features, texts.clone().to(features), dim=-1)
+    return F.cosine_similarity(features, texts.to(features), dim=-1)
