@@ -263,7 +263,7 @@ def render(report: dict[str, Any]) -> str:
         "brackets: 95 % bands, for all maps of a column at once; p: pairing permutation, likewise",
         "excess: over the map's own prior; like mass it depends on how sharp a map is, AUROC and "
         "pointing do not; power: to it, a map has the best excess on discovery",
-        f"chosen on discovery as well: {head} (attention of {report['kind']}) and the fixed patch",
+        f"chosen on discovery as well: {head} ({report['kind']} attention), the fixed patch",
         "a map that finds the boxes shows neither that training made it so nor that the model uses "
         "what is there",
     ]
