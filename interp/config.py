@@ -149,6 +149,16 @@ class AblateConfig(OfSweep):
 
 
 @dataclass(frozen=True)
+class RelevanceConfig(OfSweep):
+    """Which relevance maps `interp.relevance` scores."""
+
+    methods: str = "all"
+    """Comma list of attention, rollout, chefer, chefer-all, legrad, legrad-all, legrad-mean,
+    legrad-mean-all, gradcam, maskclip, sclip (-all: from the first layer on, not the last one or
+    two). Default: all that the tower allows. Raw attention is always among them."""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What `interp.report` shows."""
 

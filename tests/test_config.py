@@ -132,6 +132,7 @@ COMMANDS = {
     "superclip.pack": ["coco", "scenes"],
     "interp.sweep": ["--kind", "--untrained", "--metric"],
     "interp.ablate": ["--units", "--sets", "--kinds"],
+    "interp.relevance": ["--methods", "--draws"],
     "interp.report": ["--challenger"],
 }
 
