@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,7 +35,8 @@ SAMPLE = 64
 DESCRIPTION = """Remove every attention head in turn, exactly, and measure the loss on the sweep's
 validation pictures, paired by picture: contrastive margin, retrieval both ways, zero-shot mAP of
 the annotated categories, and the token head's precision. Attention in a box is no evidence of use;
-this is. Ablated embeddings are kept beside the sweep (bank-KIND/), so that an interrupted run goes
+this is. A quoted pattern, --ckpt 'logs/step_*.pt', asks when the model begins to depend on the
+champion. Ablated embeddings are kept beside the sweep (bank-KIND/), so that an interrupted run goes
 on; ablation.json holds every number, with direct effects and attribution beside the exact ones."""
 
 ALL: dict[str, Literal["head", "mlp", "attention", "layer"]] = {
@@ -50,17 +53,65 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(AblateConfig, argv, "python -m interp.ablate", DESCRIPTION)
-    from interp.swept import claim, open_swept, write_report
+    from interp.timeline import is_pattern
+
+    if is_pattern(config.ckpt):
+        ablate_course(config)
+        return
+    report, path = ablate_one(config)
+    print(render(report))
+    print(f"\nwritten: {path}, ablation.npz")
+
+
+def ablate_one(config: AblateConfig) -> tuple[dict[str, Any], Path]:
+    """Ablate and write one checkpoint's report."""
+    from interp.swept import claim, open_swept, write_arrays, write_report
 
     path = claim(config, "ablation.json")
-    report = ablate_units(open_swept(config), config)
+    report, changes = ablate_units(open_swept(config), config)
+    write_arrays(path.with_suffix(".npz"), changes)
     write_report(path, report)
-    print(render(report))
-    print(f"\nwritten: {path}")
+    return report, path
 
 
-def ablate_units(swept: Swept, config: AblateConfig) -> dict[str, Any]:
-    """Effects of removing each unit by each kind, with what direct effects and attribution say.
+def ablate_course(config: AblateConfig) -> None:
+    """Ablate a run's checkpoints, swept before; the last one's champion in all of them."""
+    from interp import timeline
+    from interp.subject import default_folder
+    from superclip.errors import replace_text
+
+    if config.results is not None or config.model is not None:
+        raise UserError("--results and --model go with one checkpoint; a pattern finds its sweeps")
+    assert config.ckpt is not None
+    checkpoints = timeline.numbered(config.ckpt)
+    standing = [default_folder(path) / "ablation.json" for _, path in checkpoints]
+    if not config.overwrite and (there := [str(path) for path in standing if path.exists()]):
+        raise UserError(f"{there[0]} exists; --overwrite replaces it (banks are gone on with)")
+    champion = None
+    for step, path in reversed(checkpoints):
+        print(f"step {step}: {path}", flush=True)
+        also = "champion" if champion is None else champion
+        units = config.units if "heads" in config.units else f"{config.units},{also}"
+        # Banks are kept: what is computed already is only read again.
+        given = replace(config, ckpt=path, units=units, sets=0, overwrite=True)
+        report, _ = ablate_one(given)
+        champion = champion or report["champion"]
+    assert champion is not None
+    folders = [path.parent for path in standing]
+    steps = [step for step, _ in checkpoints]
+    for kind in config.kinds:
+        told = Head.parse(champion), kind, config.draws, config.seed
+        course = timeline.dependence(steps, folders, *told)
+        path = config.ckpt.parent / f"course-{kind}-ablation.json"
+        replace_text(path, json.dumps(course, indent=1, sort_keys=True) + "\n")
+        print("", timeline.render(course), f"written: {path}", sep="\n")
+
+
+def ablate_units(
+    swept: Swept, config: AblateConfig
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Effects of removing each unit by each kind, with what direct effects and attribution say;
+    and the change of margin of every image, by `KIND UNIT`.
 
     Raises:
         UserError: if a unit does not exist, or the pictures are too few for the draws.
@@ -70,7 +121,7 @@ def ablate_units(swept: Swept, config: AblateConfig) -> dict[str, Any]:
 
     units, roles = choose_units(config, swept)
     asked, judge = questions(swept), Judge(config.draws, config.seed)
-    rows, base, said = [], {}, {}
+    rows, base, said, changes = [], {}, {}, {}
     sets = _random_sets(swept.results, config)
     champion = str(top_heads(swept.results, 1)[0])
     for kind in config.kinds:
@@ -80,6 +131,8 @@ def ablate_units(swept: Swept, config: AblateConfig) -> dict[str, Any]:
         found = _effects(bank, asked, config)
         rows += judged(_without(found, len(units)), units, roles, kind, judge)
         base = intact(found, judge)
+        margins = found.change("margin").astype(np.float32)
+        changes |= {f"{kind} {unit.name}": own for unit, own in zip(units, margins)}
         if kind == "mean" and sets:
             said["sets"] = _sets(found, len(units), sets, judge)
         if kind != "resample":
@@ -99,7 +152,7 @@ def ablate_units(swept: Swept, config: AblateConfig) -> dict[str, Any]:
     }
     if config.downstream:
         report["downstream"] = _downstream(swept, units, config, judge)
-    return report
+    return report, changes
 
 
 def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]:

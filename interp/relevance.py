@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,12 +32,12 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(RelevanceConfig, argv, "python -m interp.relevance", DESCRIPTION)
-    from interp.swept import claim, open_swept, write_report
+    from interp.swept import claim, open_swept, write_arrays, write_report
 
     path, maps = claim(config, "relevance.json"), claim(config, "relevance.npz")
     swept = open_swept(config)
     found = collect(swept, config.methods)
-    save(maps, found)
+    write_arrays(maps, found)
     report = league(swept.results, found, config.draws, config.seed)
     write_report(path, {"schema": SCHEMA} | swept.tie | report)
     print(render(report))
@@ -129,14 +128,6 @@ def _maps(
         parts.append(torch.stack(maps, dim=1).half().cpu().numpy())
         start += len(images)
     return np.concatenate(parts)
-
-
-def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all; equal maps give equal bytes."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    partial.replace(path)
 
 
 def league(

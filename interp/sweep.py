@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ DESCRIPTION = """Score every attention head of a vision tower against object box
 pictures choose the champion, validation pictures judge it; confirm pictures are set aside for
 hypotheses. With no flags: the newest checkpoint under logs/ on its own held-out data. Writes
 results.npz, results.json, heads.csv and findings.json; python -m interp.report turns them into a
-page."""
+page. A quoted pattern, --ckpt 'logs/step_*.pt', sweeps a run's checkpoints and says when grounding
+appears, and in which layer (course.json)."""
 
 
 def main(argv: list[str]) -> None:
@@ -30,6 +32,25 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from interp.timeline import is_pattern
+
+    logging.getLogger().setLevel(logging.ERROR)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if is_pattern(config.ckpt):
+        sweep_course(config)
+        return
+    results, findings, out = sweep_one(config)
+    print(render(results, findings))
+    print(f"\nwritten: {out}/results.npz, results.json, findings.json, heads.csv")
+
+
+def sweep_one(config: SweepConfig) -> tuple[SweepResults, Findings, Path]:
+    """Collect, judge and write one checkpoint's sweep.
+
+    Raises:
+        UserError: if the folder holds results already, or as `collect`.
+    """
     from interp.analysis import analyse, plain
     from interp.collect import collect
     from interp.results import SweepResults
@@ -37,9 +58,6 @@ def main(argv: list[str]) -> None:
     from superclip.model.weights import newest_checkpoint
     from superclip.ops.world import choose_device
 
-    logging.getLogger().setLevel(logging.ERROR)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     ckpt = config.ckpt
     if ckpt is None and config.model is None:
@@ -60,8 +78,33 @@ def main(argv: list[str]) -> None:
     findings = analyse(results)
     (out / "findings.json").write_text(json.dumps(plain(findings), indent=1, sort_keys=True) + "\n")
     write_csv(findings, out / "heads.csv")
-    print(render(results, findings))
-    print(f"\nwritten: {out}/results.npz, results.json, findings.json, heads.csv")
+    return results, findings, out
+
+
+def sweep_course(config: SweepConfig) -> None:
+    """Sweep a run's checkpoints one after another; those that stand are not swept again."""
+    from interp import timeline
+    from interp.results import SweepResults
+    from interp.subject import default_folder
+    from superclip.errors import replace_text
+
+    if config.out is not None or config.model is not None:
+        raise UserError("--out and --model go with one checkpoint; a pattern writes beside each")
+    assert config.ckpt is not None
+    checkpoints = timeline.numbered(config.ckpt)
+    folders = [default_folder(path, config.kind) for _, path in checkpoints]
+    for (step, path), folder in zip(checkpoints, folders):
+        if config.overwrite or not timeline.swept_already(folder, path):
+            print(f"step {step}: {path}", flush=True)
+            # Untrained towers are the same for all: the last one's serve.
+            towers = config.untrained if path == checkpoints[-1][1] else 0
+            sweep_one(replace(config, ckpt=path, untrained=towers))
+    sweeps = [SweepResults.load(folder) for folder in folders]
+    course = timeline.grounding([step for step, _ in checkpoints], sweeps, config.draws)
+    path = config.ckpt.parent / f"course{'' if config.kind == 'class' else '-' + config.kind}.json"
+    replace_text(path, json.dumps(course, indent=1, sort_keys=True) + "\n")
+    print(timeline.render(course, 99))
+    print(f"\nwritten: {path}, and the sweep of each checkpoint beside it")
 
 
 def write_csv(findings: Findings, path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,3 +183,11 @@ def claim(config: OfSweep, name: str) -> Path:
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """As JSON with sorted keys, whole or not at all."""
     replace_text(path, json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """As `.npz`, whole or not at all; equal arrays give equal bytes."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+    partial.replace(path)

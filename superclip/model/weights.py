@@ -34,6 +34,7 @@ from superclip.model.factory import (
 from superclip.model.superclip import SuperCLIP, TokenHead
 
 SCHEMA = 1
+NUMBERED = re.compile(r"(epoch|step)_(\d+)\.pt")
 
 
 def read_tensors(path: Path, check: bool = True) -> Any:
@@ -265,13 +266,19 @@ def newest_checkpoint(folder: Path) -> Path:
 def resumable(folder: Path) -> list[Path]:
     """`epoch_K.pt` and `step_N.pt` of a run, fewest optimizer steps first (`epoch_10` after
     `epoch_9`)."""
-    try:
-        per_epoch = int(json.loads((folder / "run.json").read_text())["steps_per_epoch"])
-    except (OSError, ValueError, KeyError):
-        per_epoch = 1
-    found = []
-    for path in folder.glob("*.pt"):
-        match = re.fullmatch(r"(epoch|step)_(\d+)\.pt", path.name)
-        if match:
-            found.append((int(match[2]) * (per_epoch if match[1] == "epoch" else 1), path))
-    return [path for _, path in sorted(found)]
+    found = [p for p in folder.glob("*.pt") if NUMBERED.fullmatch(p.name)]
+    return sorted(found, key=lambda path: (steps_of(path), path))
+
+
+def steps_of(path: Path) -> int:
+    """Optimizer steps behind an `epoch_K.pt` or `step_N.pt`, by its name and its run's epochs."""
+    match = NUMBERED.fullmatch(path.name)
+    assert match, f"{path.name} has no number"
+    per_epoch = 1
+    if match[1] == "epoch":
+        try:
+            run = json.loads((path.parent / "run.json").read_text())
+            per_epoch = int(run["steps_per_epoch"])
+        except (OSError, ValueError, KeyError):
+            per_epoch = 1
+    return int(match[2]) * per_epoch
