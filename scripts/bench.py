@@ -304,7 +304,8 @@ def scorers(
 @dataclass(frozen=True)
 class AblateBench(Bench):
     """The exact sweep over heads (`interp.causal.sweep`) against a loop that hooks one head at a
-    time and runs the whole tower; zero ablation, fp32, the same batch."""
+    time and runs the whole tower; direct effects and attribution of all heads against one plain
+    forward; zero ablation, fp32, the same batch."""
 
     model: str = "ViT-B-32"
     """Name of a model, taken with random weights."""
@@ -321,7 +322,9 @@ class AblateBench(Bench):
         import torch
 
         from interp.causal.ablation import ablate
+        from interp.causal.attribution import attribution
         from interp.causal.cost import flop_share
+        from interp.causal.direct import cosines, direct_effects
         from interp.causal.sweep import ablate_batch
         from interp.causal.units import Ablation, every
         from interp.hooked import HookedVisionTransformer
@@ -349,14 +352,26 @@ class AblateBench(Bench):
             found = ablate_batch(tower, images, Ablation("zero", tokens), units, max_memory=memory)
             features[f"sweep {tokens}"] = found.features[0]
 
+        texts = torch.randn(1, tower.cfg.embed_dim, generator=rng).to(device)
+
+        def metric(features: torch.Tensor) -> torch.Tensor:
+            return cosines(features, texts)[:, 0]
+
+        @torch.no_grad()
+        def forward() -> None:
+            clip.visual(images)
+
         sides = {
             "one head at a time": lambda: loop("all"),
             "sweep, all tokens": lambda: sweep("all"),
             "sweep, class token": lambda: sweep("class"),
+            "plain forward": forward,
+            "direct effects": lambda: direct_effects(tower, images, texts),
+            "attribution": lambda: attribution(tower, images, metric, Ablation("zero")),
         }
         costs = interleave(sides, self.rounds, settle_on(device))
         loop("class")  # as costly as the other, and therefore not timed
-        plain, everywhere, class_only = costs.values()
+        plain, everywhere, class_only, once, direct, attributed = costs.values()
         notes = [
             f"{self.model} with random weights, fp32, batch {self.batch_size}, {len(units)} heads, "
             f"{self.max_memory} MiB; timed: features of the batch without each head; the sweep's "
@@ -375,6 +390,8 @@ class AblateBench(Bench):
             [
                 Row("all tokens: sweep / loop", "ratio", everywhere / plain, ("<=", 0.45)),
                 Row("class token: sweep / loop", "ratio", class_only / plain, ("<=", 0.25)),
+                Row("direct effects / forward", "ratio", direct / once, ("<=", 1.3)),
+                Row("attribution / forward", "ratio", attributed / once, ("<=", 4.0)),
                 *(Row(f"  {k}", "images/s", self.batch_size / c) for k, c in costs.items()),
             ],
             notes,

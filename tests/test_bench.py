@@ -31,6 +31,8 @@ LABELS = {
     "ablate --model scenes-vit --batch-size 2": [
         "all tokens: sweep / loop",
         "class token: sweep / loop",
+        "direct effects / forward",
+        "attribution / forward",
         "one head at a time",
     ],
     "retrieval --images 128 --share 2": ["rate of ranks / of the matrix product", "ranks"],

@@ -138,6 +138,11 @@ def test_plain_open_clip_weights_need_a_name_and_data(tiny_run, tmp_path):
     done = command("interp.sweep", *words, *flags)
     assert done.returncode == 0, done.stderr
     assert SweepResults.load(out).manifest["checkpoint"]["loss"] == "unknown"
+    flags = ("--data", "scenes", "--results", str(out), "--kinds", "mean", "--units", "champion")
+    done = command("interp.ablate", *words[:4], *flags, "--draws", "99")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "ablation.json").read_text())
+    assert "token AP" not in report["intact"] and len(report["sentences"]) == 1
 
 
 def test_ablation_of_the_champion(tiny_run, swept):
