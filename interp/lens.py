@@ -163,7 +163,8 @@ def open_lens(
         return Lens(partial(F.normalize, dim=-1), texts, None, places, False), "pooled", facts
     bpe = tokenizer(swept.subject.model_config)
     special = set(special_ids(bpe))
-    ids = range(head.vocabulary) if head.vocab_ids is None else head.vocab_ids.tolist()
+    known = head.vocab_ids
+    ids = known.tolist() if isinstance(known, torch.Tensor) else range(head.vocabulary)
     column = {token: k for k, token in enumerate(ids)}
     own = [[i for i in encoder.tokenize(name).tolist() if i not in special] for name in names]
     decode = getattr(bpe, "decode", None) or bpe.tokenizer.decode
@@ -212,7 +213,7 @@ def _validate(swept: Swept, forms: Forms, source: Source, boxes: Arrays) -> Arra
 
     from interp.lenses.logit import read, word_ranks
 
-    image, word, parts, start, total = boxes["image"], boxes["word"], [], 0, 0.0
+    image, word, parts, start, total = boxes["image"], boxes["word"], [], 0, np.zeros(())
     with torch.no_grad():
         for images in swept.batches(swept.rows("validation"), "validation"):
             pictures, patches = read(swept.tower, images, source)
@@ -270,8 +271,11 @@ def _statistics(
         concepts.append(row | {"rank_without": rank(ranks[~held, ..., 0])})
     mean = np.mean(every, axis=0)
     image, word, patches = boxes["image"], boxes["word"], {}
-    given = {name: boxes[name] for name in ("own", "others", "valid")}
-    measures = emergence.patch_measures(found["maps"], found["prior"], **given)
+    given = (
+        *(found[k] for k in ("maps", "prior")),
+        *(boxes[k] for k in ("own", "others", "valid")),
+    )
+    measures = emergence.patch_measures(*given) if len(word) else {}
     for name, values in measures.items():
         defined = np.isfinite(values).all(axis=(1, 2))
         used = defined & (np.bincount(word[defined], minlength=len(holds))[word] >= FEWEST)
@@ -341,6 +345,8 @@ def render(report: dict[str, Any]) -> str:
         chance = "0" if name == "gain" else ".5"
         title = f"patches: {name}, mean over categories ({of['categories']}; n = {of['n']}; chance "
         lines += table(f"{title}{chance})", of)
+    if not report["patches"]:
+        lines += [f"patches: no word is a category with boxes in {FEWEST} pictures", ""]
     lines.append(
         "95 % bands over forms and layers at once, one word at a time. Gain: above the mean map of "
         "other pictures.\nSpecificity: against the boxes of other categories. A picture may show "

@@ -68,12 +68,14 @@ def unit_band(
     variance = [values[r].var(axis=0) * (len(r) / n) ** 2 / (len(r) - 1) for r in groups(stratum)]
     right, wrong = mean > 1 - 1e-9, mean < 1e-9
     error = np.where(right | wrong, 0, np.sqrt(np.sum(variance, axis=0)))
-    scale = np.where(error < NO_SPREAD, np.inf, error).ravel()
-
-    def largest(means: np.ndarray) -> np.ndarray:
-        return (np.abs(means - mean.ravel()) / scale).max(axis=-1)
-
-    drawn = interval_of(largest, values.reshape(n, -1), stratum, draws, seed).high
+    scale, centre = np.where(error < NO_SPREAD, np.inf, error).ravel(), mean.ravel()
+    drawn = interval_of(
+        lambda m: (np.abs(m - centre) / scale).max(axis=-1),
+        values.reshape(n, -1),
+        stratum,
+        draws,
+        seed,
+    ).high
     critical = float(student.isf(norm.sf(drawn), few - 1))
     within = np.where(right | wrong, 0.5, mean)
     half = critical * error / (within * (1 - within))
@@ -89,7 +91,8 @@ def first_above(above: Bool[np.ndarray, "*rows layer"]) -> Int[np.ndarray, " *ro
     >>> first_above(np.array([[True, False, True, True], [True, True, True, False]])).tolist()
     [2, 4]
     """
-    return above.shape[-1] - np.logical_and.accumulate(above[..., ::-1], axis=-1).sum(axis=-1)
+    trailing = np.logical_and.accumulate(above[..., ::-1], axis=-1).sum(axis=-1)
+    return np.asarray(above.shape[-1] - trailing)
 
 
 def onset(

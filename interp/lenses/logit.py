@@ -149,5 +149,6 @@ def fit(lens: Lens, readings: Float[Tensor, "image layer read"]) -> Forms:
         x = values[:, layer]
         unit = len(x) * max(float(x.var(axis=0).mean()), 1e-12)
         found = RidgeCV(alphas=PENALTIES * unit).fit(x, values[:, -1])
-        weight[layer], bias[layer] = (torch.tensor(p) for p in (found.coef_.T, found.intercept_))
+        weight[layer] = torch.from_numpy(np.asarray(found.coef_).T)
+        bias[layer] = torch.from_numpy(np.asarray(found.intercept_))
     return Forms(lens, readings.mean(dim=0), lens.logits(readings).mean(dim=0), weight, bias)
