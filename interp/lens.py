@@ -101,16 +101,11 @@ def read_layers(swept: Swept, config: LensConfig) -> dict[str, Any]:
     categories = list(map(plain, swept.results.manifest["categories"]))
     names = choose_words(config.concepts, told["discovery"] + told["validation"], categories)
     holds = {n: np.array([f" {n} " in text for text in told["validation"]]) for n in names}
-    left_out = {
-        name: f"in the captions of {held.sum()} of {len(held)} validation pictures; {FEWEST} with "
-        "it and without it are needed"
-        for name, held in holds.items()
-        if min(held.sum(), (~held).sum()) < FEWEST
-    }
+    sides = {n: {"with": int(h.sum()), "without": int((~h).sum())} for n, h in holds.items()}
+    left_out = {name: of for name, of in sides.items() if min(of.values()) < FEWEST}
     holds = {name: held for name, held in holds.items() if name not in left_out}
     if not holds:
-        why = "; ".join(f"{name} is {reason}" for name, reason in left_out.items())
-        raise UserError(f"--concepts: no word can be judged: {why or 'captions hold no category'}")
+        raise UserError(f"--concepts: no word can be judged. {_too_few(left_out)}")
     lens, source, facts = open_lens(swept, config.lens, list(holds), spoken["discovery"])
     batches = swept.batches(swept.rows("discovery"), "discovery")
     forms = fit(lens, torch.cat([read(swept.tower, images, source)[0] for images in batches]))
@@ -314,17 +309,19 @@ def render(report: dict[str, Any]) -> str:
         found = (row["onset"][form] for form in FORMS)
         return ["{} [{}, {}]".format(*(f[side] or "never" for side in SIDES)) for f in found]
 
+    many = len(report.get("prompts", ()))
     says = {
         "tokens": "log-probability by the token head, which reads the {reads}: mean over the "
         "word's pieces, among {candidates} tokens ({masked[special]} special ones and "
         "{masked[unsaid]} that no discovery caption holds are masked)",
-        "texts": "cosine of the projected reading with {prompts[0]!r} and so on",
+        "texts": "cosine of the projected reading with texts ({prompts[0]!r}, {many} in all)",
     }
     lines = [
-        f"{report['model']}, lens {report['lens']}: {says[report['lens']].format(**report)}",
+        f"{report['model']}, lens {report['lens']}: "
+        + says[report["lens"]].format(**report, many=many),
         f"fitted on {report['discovery']} discovery pictures, judged on {report['n']} of "
         "validation",
-        *(f"left out: {name} is {why}" for name, why in report["left_out"].items()),
+        *([_too_few(report["left_out"])] if report["left_out"] else []),
         "",
         *table("R^2: how well a layer's reading foretells the last", report["r2"]),
         *table(f"AUC, mean over words ({len(rows)}; chance .5)", report["mean"]["auc"]),
@@ -353,6 +350,14 @@ def render(report: dict[str, Any]) -> str:
         "what its captions leave out."
     )
     return "\n".join(lines)
+
+
+def _too_few(left_out: dict[str, dict[str, int]]) -> str:
+    of = ", ".join(f"{name} {n['with']} / {n['without']}" for name, n in left_out.items())
+    return (
+        f"{FEWEST} validation pictures with the word in a caption and {FEWEST} without are needed; "
+        f"left out: {of or 'all, captions name no category'}"
+    )
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

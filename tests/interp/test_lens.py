@@ -345,7 +345,7 @@ def test_the_command_writes_what_it_prints(tiny_run, swept_folder, config, capsy
     assert (swept_folder / "lens.png").read_bytes().startswith(b"\x89PNG")
     assert render(report) in capsys.readouterr().out
     assert report["pieces"] == {"red": ["red"], "a red": ["a", "red"]}
-    assert list(report["left_out"]) == ["left of"] and "left out: left of is in" in render(report)
+    assert list(report["left_out"]) == ["left of"] and "left out: left of " in render(report)
     assert report["layers"] == ["embed", "L0", "L1", "L2", "L3"] and report["reads"] == "patches"
     assert report["masked"]["special"] == 3 and report["patches"] == {}
     for row in report["concepts"]:
@@ -378,6 +378,46 @@ def test_models_without_a_token_head_read_texts(config):
     assert "cosine" in render(report) and "patches: auroc" in render(report)
 
 
+def test_maps_and_boxes_belong_together(config):
+    swept = open_swept(replace(config, batch_size=7))
+    words = ["umbrella", "red", "star"]
+    lens, source, facts = open_lens(swept, "auto", words, [("a red cup",), ("an umbrella",)])
+    unsaid = swept.model.token_head.linear.out_features - 3 - 6  # a, red, cup, an, umbrella, star
+    assert facts["candidates"] == 6 and facts["masked"] == {"special": 3, "unsaid": unsaid}
+    images = torch.cat(list(swept.batches(swept.rows("validation"), "all")))
+    pictures, patches = read(swept.tower, images, source)
+    forms = fit(lens, pictures)
+    results = swept.results
+    boxes = command_of._boxes(swept, results.manifest["categories"], words)
+    found = command_of._validate(swept, forms, source, boxes)
+    with torch.no_grad():
+        maps = forms.scores(patches).double().numpy()
+        np.testing.assert_allclose(found["scores"], forms.scores(pictures), atol=1e-5)
+    expected = []
+    for place, row in enumerate(results.rows("validation")):
+        here = {
+            results.manifest["categories"][c]: cover.astype(float)
+            for i, c, cover in zip(
+                results.category_image, results.category_id, results.category_coverage, strict=True
+            )
+            if i == row
+        }
+        for name in sorted(here.keys() & {"umbrella", "star"}):
+            others = [cover for other, cover in here.items() if other != name]
+            expected.append(
+                (place, words.index(name), here[name], np.max([0 * here[name], *others], 0))
+            )
+    assert len(expected) == len(boxes["image"]) > 8
+    expected.sort(key=lambda of: of[0])
+    for k, (place, word, own, others) in enumerate(expected):
+        assert (boxes["image"][k], boxes["word"][k]) == (place, word)
+        assert (boxes["own"][k] == own).all() and (boxes["others"][k] == others).all()
+        assert (boxes["valid"][k] == results.valid[results.rows("validation")[place]]).all()
+        np.testing.assert_allclose(found["maps"][k], maps[place, ..., word], atol=1e-5)
+        rest = np.delete(maps[..., word], place, axis=0).mean(axis=0)
+        np.testing.assert_allclose(found["prior"][k], rest, atol=1e-5)
+
+
 def test_bad_words_are_named(config, monkeypatch):
     swept = open_swept(config)
     with pytest.raises(UserError, match=r"--concepts umbrela: .*did you mean 'umbrella'"):
@@ -391,5 +431,5 @@ def test_bad_words_are_named(config, monkeypatch):
     with pytest.raises(UserError, match=r"--concepts red: .*no column for its piece 'red'"):
         open_lens(swept, "auto", ["blue", "red"], [])
     monkeypatch.setattr(command_of, "FEWEST", 40)
-    with pytest.raises(UserError, match="no word can be judged: red is in the captions of"):
+    with pytest.raises(UserError, match=r"no word can be judged. 40 .*; left out: red \d+ / \d+"):
         read_layers(swept, replace(config, concepts="red"))
