@@ -42,7 +42,7 @@ def lens_figure(report: dict[str, Any], theme: Theme = LIGHT) -> bytes:
                 _curve(axes, curves[form], style, colour)
             if chance is not None:
                 axes.axhline(chance, color=theme.rule, linewidth=0.8, zorder=0)
-            axes.set_ylim(-0.1 if chance is None else 0.25, 1.03)
+            axes.set_ylim(-0.1 if chance is None else 0, 1.03)
             every = range(0, len(report["layers"]), 1 + len(report["layers"]) // 7)
             axes.set_xticks(list(every), [report["layers"][layer] for layer in every], size=6.5)
             axes.tick_params(length=2, labelsize=6.5)
@@ -53,8 +53,7 @@ def lens_figure(report: dict[str, Any], theme: Theme = LIGHT) -> bytes:
             0.15,
             height - 0.3,
             f"{words}: pictures with / without it in a caption; n = {count(report['n'])} of "
-            "validation; simultaneous 95 % bands; line: chance .5. R² is cut off below −.1, AUC "
-            "below .25.",
+            "validation; simultaneous 95 % bands; line: chance .5. R² is cut off below −.1.",
             size=7,
         )
         return png(figure)

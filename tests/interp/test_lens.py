@@ -134,6 +134,12 @@ def test_forms_by_hand():
     for k, foretold in enumerate((x, x - mean + last.mean(dim=0), tuned)):
         assert values[:, k, 1].mean() == pytest.approx(naive.r2(foretold, last, last.mean(dim=0)))
     assert values[:, :, -1] == pytest.approx(1)
+    step, weights = 1e-6, np.ones(7)
+    for picture in range(7):  # what a little more of one picture does to R^2
+        weights[:] = 1 + step * (np.arange(7) == picture)
+        moved = 1 - np.tensordot(weights, errors, 1) / (weights @ total)
+        spread = 7 * (moved - values.mean(axis=0)) / step
+        np.testing.assert_allclose(values[picture] - values.mean(axis=0), spread, atol=1e-4)
 
 
 def test_the_tuned_map_is_the_ridge_that_leaves_the_least_error_out():
@@ -183,17 +189,17 @@ def test_auc_and_its_variance_equal_the_naive_ones():
 
 def test_bands_cover_and_are_not_empty_where_sides_do_not_overlap():
     rng = np.random.default_rng(1)
-    holds = np.arange(60) < 15
+    holds = np.arange(60) < 5
     true, missed = np.array([0.5, 0.5, 0.76025, 0.92135]), 0  # Phi(shift / sqrt 2)
-    for run in range(100):
+    for run in range(200):
         scores = rng.normal(size=(60, 1)) + rng.normal(size=(60, 4))
         scores += holds[:, None] * np.array([0, 0, 1, 2]) * np.sqrt(2)
-        band = unit_band(auc_values(scores, holds), holds.astype(np.int64), 15, 199, run)
+        band = unit_band(auc_values(scores, holds), holds.astype(np.int64), 5, 199, run)
         missed += ((band.low > true) | (band.high < true)).any()
-    assert missed <= 10  # of 100; 5 % would pass 10 with probability .99
+    assert missed <= 10  # 5 % of 200; without Student's t there are 19
     apart = np.where(holds, 1.0, 0.0)[:, None] * [1, -1, 0]
-    band = unit_band(auc_values(apart, holds), holds.astype(np.int64), 15, 199)
-    limit = (0.025 / 3) ** (1 / 15)
+    band = unit_band(auc_values(apart, holds), holds.astype(np.int64), 5, 199)
+    limit = (0.025 / 3) ** (1 / 5)
     assert band.low == pytest.approx([limit, 0, 0.5]) and band.high == pytest.approx(
         [1, 1 - limit, 0.5]
     )
@@ -350,6 +356,7 @@ def test_the_command_writes_what_it_prints(tiny_run, swept_folder, config, capsy
     assert report["masked"]["special"] == 3 and report["patches"] == {}
     for row in report["concepts"]:
         assert row["with"] + row["without"] == report["n"] and min(row["with"], row["without"]) >= 5
+        assert (row["rank_min"]["n"], row["rank_without"]["n"]) == (row["with"], row["without"])
         for form in FORMS:
             for name in ("auc", "rank_mean", "rank_min", "rank_without"):
                 low, mid, high = (row[name][form][side] for side in ("low", "estimate", "high"))
