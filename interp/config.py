@@ -159,6 +159,18 @@ class RelevanceConfig(OfSweep):
 
 
 @dataclass(frozen=True)
+class LensConfig(OfSweep):
+    """What `interp.lens` reads."""
+
+    concepts: str | None = None
+    """Comma list of words, as table,woman. Default: the sweep's categories, at most the twelve
+    that most captions hold."""
+    lens: Literal["auto", "tokens", "texts"] = "auto"
+    """Read through the token head, or by cosine with texts. Default: the token head where there is
+    one; two checkpoints compare by one lens alone."""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What `interp.report` shows."""
 

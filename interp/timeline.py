@@ -18,7 +18,12 @@ from interp.analysis import top_heads
 from interp.grounding.metrics import PairScores
 from interp.heads import Head
 from interp.results import SweepResults
-from interp.stats.intervals import influence_values, interval_of, simultaneous_band
+from interp.stats.intervals import (
+    first_held,
+    influence_values,
+    interval_of,
+    simultaneous_band,
+)
 from superclip.errors import UserError
 
 SCHEMA = 1
@@ -164,7 +169,7 @@ def courses(
     found = {}
     for k, (name, values) in enumerate(curves.items()):
         low = band.low[k]
-        holds = held_from(low > 0)
+        holds = first_held(low > 0)
         appears = None if holds == len(at) else int(at[holds])
         onset = None
         if appears is not None:
@@ -180,18 +185,9 @@ def courses(
     return found
 
 
-def held_from(holds: np.ndarray) -> Any:
-    """Index from which on `[..., checkpoint]` is true to the end; the length where the end is not.
-
-    >>> held_from(np.array([[True, False, True, True], [True, True, True, False]])).tolist()
-    [2, 4]
-    """
-    return holds.shape[-1] - np.logical_and.accumulate(holds[..., ::-1], axis=-1).sum(-1)
-
-
 def _onset(steps: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     def onset(means: np.ndarray) -> np.ndarray:
-        index = held_from(means >= SHARE * means[..., -1:])
+        index = first_held(means >= SHARE * means[..., -1:])
         # A draw whose end is not above 0 has no onset before it.
         return steps[np.where(means[..., -1] > 0, index, len(steps) - 1)]
 

@@ -133,6 +133,7 @@ COMMANDS = {
     "interp.sweep": ["--kind", "--untrained", "--metric"],
     "interp.ablate": ["--units", "--sets", "--kinds"],
     "interp.relevance": ["--methods", "--draws"],
+    "interp.lens": ["--concepts", "--lens"],
     "interp.report": ["--challenger"],
 }
 

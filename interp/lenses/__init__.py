@@ -1,0 +1,3 @@
+"""Reading the layers of a tower as if each were the last."""
+
+FORMS = ("raw", "corrected", "tuned")

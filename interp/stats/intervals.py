@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from interp.stats.draws import DRAWS, Purpose, generator
 from interp.stats.multiplicity import NO_SPREAD
@@ -197,6 +197,16 @@ def interval_of(
     values, labels = values[used], labels[used]
     drawn = function(_resampled(values, labels, draws, seed)[0])
     return _percentiles(float(function(values.mean(axis=0))), drawn, len(values))
+
+
+def first_held(holds: Bool[np.ndarray, "*rows place"]) -> Int[np.ndarray, " *rows"]:
+    """First place from which on all hold; the number of places where the last does not.
+
+    >>> first_held(np.array([[True, False, True, True], [True, True, True, False]])).tolist()
+    [2, 4]
+    """
+    trailing = np.logical_and.accumulate(holds[..., ::-1], axis=-1).sum(axis=-1)
+    return np.asarray(holds.shape[-1] - trailing)
 
 
 def _resampled(

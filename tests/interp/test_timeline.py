@@ -10,13 +10,14 @@ from sweeps import PLANTED, small_sweep
 
 from interp.grounding.metrics import PairScores, excess
 from interp.heads import Head
-from interp.timeline import courses, dependence, grounding, held_from, numbered, render
+from interp.stats.intervals import first_held
+from interp.timeline import courses, dependence, grounding, numbered, render
 from superclip.errors import UserError
 
 
-def test_held_from_by_hand():
+def test_first_held_by_hand():
     held = np.array([[True, True], [False, True], [True, False], [False, False]])
-    assert held_from(held).tolist() == [0, 1, 2, 2]
+    assert first_held(held).tolist() == [0, 1, 2, 2]
 
 
 def test_onset_is_where_half_of_the_end_is_held():
