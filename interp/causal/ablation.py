@@ -5,10 +5,9 @@ of the projection stays. Zero ablation is the blunt form (it also removes a head
 mean ablation puts the head's average over other images in its place, token by token.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from torch import Tensor
 from interp.heads import Head
 from interp.hooked import HookedVisionTransformer
 from superclip.errors import UserError
-from superclip.ops.retrieval import image_to_text_ranks
 
 KINDS = ("zero", "mean")
 TOKENS = ("all", "class")
@@ -40,7 +38,7 @@ def ablate(
     Args:
         heads: The heads to remove, all at once.
         kind: `zero` or `mean`.
-        means: For `kind="mean"`: what `mean_z` returned on images that judge nothing.
+        means: For `kind="mean"`: what `mean_activations` returned on images that judge nothing.
         tokens: Replace `z` at `all` tokens, or only where the `class` token is the query.
 
     Raises:
@@ -99,69 +97,6 @@ def _check(
         raise UserError(f"means are {list(means.shape)}; this tower's are {list(expected)}")
 
 
-@torch.no_grad()
-def mean_z(
-    tower: HookedVisionTransformer, batches: Iterable[Float[Tensor, "_ 3 height width"]]
-) -> Means:
-    """Mean of every head's `z` at every token position, in float64, over batches of images.
-
-    Raises:
-        UserError: There are no images.
-    """
-    cfg = tower.cfg
-    shape = (cfg.n_layers, cfg.n_ctx, cfg.n_heads, cfg.d_head)
-    total = torch.zeros(shape, dtype=torch.float64, device=cfg.device)
-    count = 0
-
-    def add(z: Tensor, hook: Any) -> None:
-        total[hook.layer()] += z.sum(dim=0, dtype=torch.float64)
-
-    for images in batches:
-        tower.run_with_hooks(images, fwd_hooks=[(lambda name: name.endswith("hook_z"), add)])
-        count += len(images)
-    if count == 0:
-        raise UserError("mean ablation needs images to average over; there are none")
-    return total / count
-
-
-@torch.no_grad()
-def embeddings_under_ablation(
-    tower: HookedVisionTransformer,
-    image_batches: Iterable[Float[Tensor, "_ 3 height width"]],
-    head_sets: Sequence[Sequence[Head]],
-    kind: str,
-    means: Means | None = None,
-    tokens: str = "all",
-) -> Float[Tensor, "set image embed"]:
-    """Features, not normalised and on the CPU, of all images under each set of ablated heads.
-
-    An empty set stands for the intact tower. Each batch runs once in full; a set then resumes from
-    the stream that enters its earliest ablated layer.
-
-    Raises:
-        UserError: As `ablate`, or there are no images.
-    """
-    for heads in head_sets:
-        if heads:
-            _check(tower, heads, kind, means, tokens)
-    starts = [min((head.layer for head in heads), default=None) for heads in head_sets]
-    sites = {layer: f"blocks.{layer}.hook_resid_pre" for layer in starts if layer is not None}
-    banks = []
-    for images in image_batches:
-        intact, streams = tower.run_with_cache(images, names_filter=list(sites.values()))
-        bank = []
-        for heads, layer in zip(head_sets, starts, strict=True):
-            if layer is None:
-                bank.append(intact)
-                continue
-            with ablate(tower, heads, kind, means, tokens):
-                bank.append(tower(streams[sites[layer]], start_at_layer=layer))
-        banks.append(torch.stack(bank).cpu())
-    if not banks:
-        raise UserError("there are no images to embed")
-    return torch.cat(banks, dim=1)
-
-
 def contrastive_margin(
     image_features: Float[Tensor, "image embed"],
     text_features: Float[Tensor, "caption embed"],
@@ -182,22 +117,6 @@ def contrastive_margin(
         mean_own = (similarity * own).sum(dim=1) / own.sum(dim=1)
         chunks.append(mean_own - similarity.masked_fill(own, -torch.inf).amax(dim=1))
     return torch.cat(chunks)
-
-
-def recall_hits(
-    image_features: Float[Tensor, "image embed"],
-    text_features: Float[Tensor, "caption embed"],
-    owner: Int[Tensor, " caption"],
-    k: int,
-) -> Bool[Tensor, " image"]:
-    """Whether any own caption is among an image's `k` most similar; a tie counts as a miss.
-
-    Arguments and errors are those of `contrastive_margin`; `k` is at least 1.
-    """
-    if k < 1:
-        raise UserError(f"recall at {k} is not defined; k starts at 1")
-    images, texts = _unit_vectors(image_features, text_features, owner)
-    return image_to_text_ranks(images, texts, owner) < k
 
 
 def _similarities(

@@ -71,8 +71,8 @@ class Ablation:
         kind: `zero`; `mean`, the mean over other images at the same token; `resample`, the output
             of another image in its intact pass.
         tokens: at `all` tokens, or at the `class` token's own output only.
-        mean_z, mean_mlp: for `mean`, as `mean_activations` or `mean_z` returns them; `mean_mlp` may
-            be missing where no unit has an MLP.
+        mean_z, mean_mlp: for `mean`, as `mean_activations` returns them; `mean_mlp` may be missing
+            where no unit has an MLP.
     """
 
     kind: str = "zero"

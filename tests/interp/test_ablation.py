@@ -4,15 +4,10 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
-from reference.hooked import hits, margins, tower_activations
+from reference.hooked import margins, tower_activations
 
-from interp.causal.ablation import (
-    ablate,
-    contrastive_margin,
-    embeddings_under_ablation,
-    mean_z,
-    recall_hits,
-)
+from interp.causal.ablation import ablate, contrastive_margin
+from interp.causal.units import mean_activations
 from interp.heads import Head
 from interp.hooked import HookedVisionTransformer
 from superclip.errors import UserError
@@ -44,10 +39,10 @@ def images():
 
 @pytest.fixture(scope="module")
 def means(tower, images):
-    return mean_z(tower, images.split(2))
+    return mean_activations(tower, images.split(2))[0]
 
 
-def test_mean_z_is_the_mean_over_images(visual, images, means):
+def test_means_are_those_over_images(visual, images, means):
     with torch.no_grad():
         naive = [torch.stack(tower_activations(visual, image)["z"]) for image in images]
     assert means.shape == (3, 10, 4, 8) and means.dtype == torch.float64
@@ -91,19 +86,6 @@ def test_zero_ablation_equals_a_zeroed_output_projection(visual, tower, images):
     torch.testing.assert_close(hooked, zeroed, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["zero", "mean"])
-def test_bank_resumes_to_the_same_features(tower, images, means, kind):
-    given = means if kind == "mean" else None
-    sets = [[], [Head(0, 0)], [Head(2, 3)], HEADS, [Head(1, 2), Head(2, 2)]]
-    bank = embeddings_under_ablation(tower, images.split(2), sets, kind, given)
-    assert bank.shape == (5, 5, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(bank[0], tower(images), rtol=1e-10, atol=1e-10)
-        for features, heads in zip(bank[1:], sets[1:], strict=True):
-            with ablate(tower, heads, kind, given):
-                torch.testing.assert_close(features, tower(images), rtol=1e-10, atol=1e-10)
-
-
 def test_ablation_leaves_nothing_even_on_error(tower, images):
     with torch.no_grad():
         plain = tower(images)
@@ -139,30 +121,18 @@ def test_gradients_pass_through_what_is_left(visual, tower, images):
 def test_bad_requests_are_named(tower, images, heads, options, named):
     with pytest.raises(UserError, match=named), ablate(tower, heads, **options):
         tower(images)
-    if heads:
-        with pytest.raises(UserError, match=named):
-            embeddings_under_ablation(tower, [images], [heads], **options)
 
 
-def test_no_images_is_an_error(tower):
-    with pytest.raises(UserError, match="no images"):
-        embeddings_under_ablation(tower, [], [HEADS], "zero")
-    with pytest.raises(UserError, match="none"):
-        mean_z(tower, [])
-
-
-def test_margin_and_hits_by_hand():
+def test_margin_by_hand():
     images = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     texts = torch.tensor([[5.0, 0.0], [3.0, 4.0], [0.0, 1.0], [0.0, 9.0]])
     owner = torch.tensor([0, 0, 1, 0])  # caption 3 is of image 0 and equals image 1's only one
     margin = contrastive_margin(images, texts, owner)
     torch.testing.assert_close(margin, torch.tensor([(1 + 0.6 + 0) / 3 - 0, 1 - 1.0]))
-    assert recall_hits(images, texts, owner, 1).tolist() == [True, False]  # the tie is a miss
-    assert recall_hits(images, texts, owner, 2).tolist() == [True, True]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
-def test_margin_and_hits_equal_the_naive_ones(monkeypatch, budget):
+def test_margin_equals_the_naive_one(monkeypatch, budget):
     monkeypatch.setattr("interp.causal.ablation.SIMILARITY_BUDGET", budget)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(7, 3, dtype=torch.float64, generator=generator)
@@ -170,10 +140,6 @@ def test_margin_and_hits_equal_the_naive_ones(monkeypatch, budget):
     owner = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(19) % 7))
     margin = contrastive_margin(images, texts, owner)
     torch.testing.assert_close(margin, torch.tensor(margins(images, texts, owner)).double())
-    for k in (1, 3, 5):
-        found = recall_hits(images, texts, owner, k).tolist()
-        assert found == hits(images, texts, owner, k) and sum(found) > 0
-    assert not recall_hits(images, texts, owner, 1).all()
 
 
 def test_scores_refuse_images_without_captions():
@@ -181,8 +147,6 @@ def test_scores_refuse_images_without_captions():
     with pytest.raises(UserError, match="1 of 3 images have no caption"):
         contrastive_margin(features, texts, torch.tensor([0, 1, 1]))
     with pytest.raises(UserError, match="outside the 3 images"):
-        recall_hits(features, texts, torch.tensor([0, 1, 3]), 1)
+        contrastive_margin(features, texts, torch.tensor([0, 1, 3]))
     with pytest.raises(UserError, match="one of another"):
         contrastive_margin(features[:1], texts, torch.zeros(3, dtype=torch.long))
-    with pytest.raises(UserError, match="recall at 0"):
-        recall_hits(features, texts, torch.arange(3), 0)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference.causal import features_without_sets
 from reference.direct import attribution as naive_attribution
 from reference.direct import effects as naive_effects
 from reference.hooked import tower_activations
 from test_hooked import TOWERS, build, pictures
 
-from interp.causal.ablation import ablate, embeddings_under_ablation
+from interp.causal.ablation import ablate
 from interp.causal.attribution import agreement, attribution, integrated_attribution
 from interp.causal.units import Ablation, mean_activations
 from interp.heads import Head
@@ -161,7 +162,7 @@ def test_integrated_effects_of_a_layer_sum_to_its_removal(name):
         if ablation.kind == "resample":
             continue
         given = ablation.kind, ablation.mean_z, ablation.tokens
-        bank = embeddings_under_ablation(tower, [images], [[], *layers], *given)
+        bank = features_without_sets(tower, images, [[], *layers], *given)
         removed = torch.stack([margin(f) for f in bank[1:]], dim=1) - margin(bank[0])[:, None]
         errors = []
         for steps in (1, 4, 16):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from interp.causal.ablation import ablate, mean_z
+from interp.causal.ablation import ablate
 from interp.causal.bank import AblationBank, BankKey
 from interp.causal.cost import flop_share, sweep_macs
 from interp.causal.effects import Questions, average_precision, effects
@@ -150,7 +150,7 @@ def test_patch_means_equal_a_plain_forward(name, tokens):
 def test_float32_equals_the_ablate_block(name, kind, tokens):
     tower = hooked(torch.float32, **TOWERS[name])
     images = pictures(tower.visual)
-    means = mean_z(tower, [images[:2]]) if kind == "mean" else None
+    means = mean_activations(tower, [images[:2]])[0] if kind == "mean" else None
     units = [*every(tower.cfg, "head"), group([Head(0, 1), Head(2, 0)])]
     found = ablate_batch(tower, images, Ablation(kind, tokens, means), units).features[0]
     with torch.no_grad():
@@ -310,13 +310,13 @@ def test_watchers_see_the_attention_under_ablation(tokens):
                 torch.testing.assert_close(of_unit, cache["pattern", rows.layer][:, :, 0])
 
 
-def test_means_are_those_of_mean_z_and_of_the_mlps():
+def test_means_are_those_of_heads_and_mlps():
     tower = hooked()
     images = pictures(tower.visual, 5)
     z, mlp = mean_activations(tower, images.split(2))
-    torch.testing.assert_close(z, mean_z(tower, [images]))
     with torch.no_grad():
         cache = tower.run_with_cache(images)[1]
+    torch.testing.assert_close(z, torch.stack([cache["z", k].mean(0) for k in range(4)]))
     torch.testing.assert_close(mlp, torch.stack([cache["mlp_out", k].mean(0) for k in range(4)]))
     with pytest.raises(UserError, match="none"):
         mean_activations(tower, [])

@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference.causal import features_without_sets
 from reference.direct import direct_parts
 from test_hooked import TOWERS, build, pictures
 
-from interp.causal.ablation import (
-    ablate,
-    contrastive_margin,
-    embeddings_under_ablation,
-    mean_z,
-)
+from interp.causal.ablation import ablate, contrastive_margin
 from interp.causal.direct import (
     CAPTIONS,
     caption_directions,
@@ -27,7 +23,7 @@ from interp.causal.direct import (
     head_patch_map,
     repair,
 )
-from interp.causal.units import Ablation
+from interp.causal.units import Ablation, mean_activations
 from interp.heads import Head
 from interp.hooked import HookedVisionTransformer
 from superclip.errors import UserError
@@ -123,7 +119,7 @@ def test_a_direct_part_is_what_the_direct_path_carries(name):
     tower = HookedVisionTransformer(build(**TOWERS[name]))
     images, classes = pictures(tower.visual), texts(4)
     n_layers = tower.cfg.n_layers
-    mean = mean_z(tower, [pictures(tower.visual, n=6, seed=5)])
+    mean, _ = mean_activations(tower, [pictures(tower.visual, n=6, seed=5)])
     with torch.no_grad():
         features, cache = tower.run_with_cache(images)
         _, scale = tower.run_with_cache(images, names_filter="ln_final.hook_scale")
@@ -186,7 +182,7 @@ def test_direct_and_total_effects_meet_in_one_table(tower):
     """The pair that `repair` takes, made as a command makes it."""
     images, classes = pictures(tower.visual), texts(2)
     heads = every_head(tower)
-    bank = embeddings_under_ablation(tower, [images], [[], *([h] for h in heads)], "zero")
+    bank = features_without_sets(tower, images, [[], *([h] for h in heads)])
     total = (cosines(bank[1:], classes) - cosines(bank[0], classes)).movedim(0, 1)
     direct = direct_ablation(tower, images, classes, Ablation()).flatten(1, 2)
     found = repair(direct[..., 0].numpy(), total[..., 0].numpy())

@@ -48,7 +48,9 @@ def test_ablation_direct_effects_and_attribution(name, pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, named", [("vit_medium_patch16_gap_256", "TimmModel"), ("RN50", "ResNet")])
+@pytest.mark.parametrize(
+    "name, named", [("vit_medium_patch16_gap_256", "TimmModel"), ("RN50", "ResNet")]
+)
 def test_towers_of_other_makers_are_refused_by_name(name, named):
     with pytest.raises(UserError, match=named):
         HookedVisionTransformer(build_clip(model_config(name)).visual)

@@ -26,6 +26,15 @@ def features_without(tower, images, heads, mlps, tokens, stand_in):
         return tower.run_with_hooks(images, fwd_hooks=[(site, replace) for site in sites])
 
 
+def features_without_sets(tower, images, sets, kind="zero", means=None, tokens="all"):
+    """Features without each set of heads, `[set, image, embed]`; an empty set is none."""
+    layers = range(tower.cfg.n_layers)
+    fill = [0 if kind == "zero" else means[layer][None] for layer in layers]
+    stand_in = {f"blocks.{layer}.attn.hook_z": fill[layer] for layer in layers}
+    given = [features_without(tower, images, heads, (), tokens, stand_in) for heads in sets]
+    return torch.stack(given)
+
+
 def removed_norms(tower, activations, heads, mlps, stand_in, rows):
     """Norm of what leaves the stream at the token rows, root mean square over them."""
     lost = 0
