@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from superclip.errors import UserError
 
 Kind = Literal["class", "patches"]
+PAIRS = ("fill", "swap", "colour", "category")
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,37 @@ class AblateConfig(OfSweep):
         super().__post_init__()
         if self.sets < 0:
             raise UserError("--sets must not be negative")
+
+
+@dataclass(frozen=True)
+class PatchConfig(OfSweep):
+    """What `interp.patch` patches."""
+
+    pairs: str = "fill"
+    """How a picture is corrupted. fill: an object is filled with its surroundings. swap: replaced
+    by another picture's. colour, category: redrawn otherwise (scenes only). Or a JSON file, a list
+    of {"clean": FILE, "corrupted": FILE, "text_clean": TEXT, "text_corrupted": TEXT}; the last may
+    be missing."""
+    num: int | None = None
+    """Validation pictures to make pairs of. Default: all."""
+    tau: float = 0.01
+    """Pairs whose metric differs by less than this between the two pictures are dropped."""
+    every_patch: bool = False
+    """Patch every patch by itself too: as many passes more as there are patches."""
+    memory: int = 1024
+    """MiB of activations held at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num", "memory"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} {value} must be at least 1")
+        if self.tau < 0:
+            raise UserError(f"--tau {self.tau} must not be negative")
+        if self.pairs not in PAIRS and not self.pairs.endswith(".json"):
+            raise UserError(
+                f"--pairs {self.pairs!r} is none of {', '.join(PAIRS)} nor a .json file"
+            )
 
 
 @dataclass(frozen=True)
