@@ -132,6 +132,7 @@ COMMANDS = {
     "superclip.pack": ["coco", "scenes"],
     "interp.sweep": ["--kind", "--untrained", "--metric"],
     "interp.ablate": ["--heads", "--sets"],
+    "interp.patch": ["--pairs", "--tau", "--every-patch"],
     "interp.report": ["--challenger"],
 }
 

@@ -15,6 +15,10 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from numpy.random import Generator, Philox
 from PIL import Image
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import laplacian
+from scipy.sparse.linalg import spsolve
+from sklearn.feature_extraction.image import grid_to_graph
 
 from interp.grounding.coverage import MIN_KEPT
 from superclip.data.batch import Record
@@ -66,19 +70,19 @@ def target(record: Record, geometry: Geometry) -> tuple[Box, str] | None:
 
 
 def filled(picture: Picture, box: Box, within: Box) -> Picture:
-    """The box filled with its surroundings: every pixel becomes the mean of the four pixels where
-    its row and its column leave the box, weighted by 1 / distance; of those inside `within`."""
-    (x0, y0, x1, y1), (left, top, right, bottom) = box, within
-    y, x = np.mgrid[y0:y1, x0:x1]
-    sides = (
-        (x0 > left, picture[:, y0:y1, x0 - 1 : x0], x - x0 + 1),
-        (x1 < right, picture[:, y0:y1, x1 : x1 + 1], x1 - x),
-        (y0 > top, picture[:, y0 - 1 : y0, x0:x1], y - y0 + 1),
-        (y1 < bottom, picture[:, y1 : y1 + 1, x0:x1], y1 - y),
-    )
-    colour = sum(line / distance for there, line, distance in sides if there)
-    weight = sum(1 / distance for there, _, distance in sides if there)
-    return _pasted(picture, box, np.round(colour / weight))
+    """The box filled with its surroundings: every pixel becomes the mean of its neighbours (that
+    is Laplace's equation), so the pixels around the box flow in and their detail fades; of those
+    inside `within`."""
+    x0, y0, x1, y1 = box
+    top, left = max(y0 - 1, within[1]), max(x0 - 1, within[0])
+    part = picture[:, top : min(y1 + 1, within[3]), left : min(x1 + 1, within[2])]
+    unknown = np.zeros(part.shape[1:], bool)
+    unknown[y0 - top : y1 - top, x0 - left : x1 - left] = True
+    rows, known = unknown.ravel(), part[:, ~unknown].T.astype(float)
+    _, height, width = part.shape
+    equations = csr_array(laplacian(grid_to_graph(height, width)), dtype=float)[rows]
+    colours = np.asarray(spsolve(equations[:, rows].tocsc(), -equations[:, ~rows] @ known))
+    return _pasted(picture, box, colours.round().T.reshape(3, y1 - y0, x1 - x0))
 
 
 def swapped(picture: Picture, box: Box, donor: Picture, donor_box: Box) -> Picture:
@@ -98,7 +102,7 @@ def box_pairs(
     found = [target(record, g) for record, g in zip(records, geometries, strict=True)]
     objects = [(k, *own) for k, own in enumerate(found) if own is not None]
     sizes = np.log([(x1 - x0, y1 - y0) for _, (x0, y0, x1, y1), _ in objects])
-    pairs = []
+    pairs, uses = [], np.zeros(len(objects))
     for (k, box, name), size in zip(objects, sizes, strict=True):
         if not swap:
             corrupted = filled(pictures[k], box, geometries[k].valid)
@@ -106,8 +110,10 @@ def box_pairs(
             continue
         lacking = [other not in records[k].boxes.categories for _, _, other in objects]
         far = np.where(lacking, np.abs(sizes - size).sum(axis=1), np.inf)
-        if np.isfinite(far.min()):
-            row, donor_box, other = objects[far.argmin()]
+        donor = np.lexsort((uses, far))[0]  # of equally near ones, that which was used least
+        if np.isfinite(far[donor]):
+            uses[donor] += 1
+            row, donor_box, other = objects[donor]
             corrupted = swapped(pictures[k], box, pictures[row], donor_box)
             pairs.append(Pair(pictures[k], corrupted, (_named(name),), (_named(other),)))
     return pairs

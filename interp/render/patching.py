@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     scale = Normalize(-np.abs(values).max(), np.abs(values).max())
     high, wide = (float(np.clip(0.28 * side, 1.1, 3.4)) for side in shape[2:])
     with themed(theme):
-        result = Figure(figsize=(max(3 * wide + 2.2, 6), 2 * high + 1.9))
+        width = max(3 * wide + 2.2, 6)
+        result = Figure(figsize=(width, 2 * high + 1.9))
         write(result, 0.15, 0.12, "Share of the gap that a head carries", size=10.5, weight="bold")
         for k, m in np.ndindex(shape[:2]):
             axes = place(result, 0.8 + m * (wide + 0.2), 0.7 + k * (high + 0.15), wide, high)
@@ -42,16 +44,23 @@ def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
             axes.set_ylabel("" if m else DIRECTIONS[k])
         bar = place(result, 0.8 + 3 * (wide + 0.2), 0.7, 0.12, 2 * high + 0.15)
         result.colorbar(ScalarMappable(scale, MAP), cax=bar).outline.set_visible(False)
-        write(result, 0.15, 2 * high + 1.25, caption(report, rows), size=7.5, linespacing=1.5)
+        write(
+            result,
+            0.15,
+            2 * high + 1.25,
+            caption(report, rows, round(13 * width)),
+            size=7.5,
+            linespacing=1.5,
+        )
     return result
 
 
-def caption(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def caption(report: dict[str, Any], rows: list[dict[str, Any]], letters: int) -> str:
     """What was compared, on how many pairs, and the head that carries most."""
     best = max(rows[: len(rows) // 6], key=lambda row: row["estimate"])
-    return (
+    text = (
         f"Pairs: {report['pairs']}, n = {count(report['n'])}. Denoised, the output of {best['at']} "
-        f"brings back most:\n{span(best)}, simultaneous 95 % band. "
-        f"Dot: other than 0, max-T over a row of maps, p ≤ {ALPHA}\n"
-        f"({sum(row['p'] <= ALPHA for row in rows)} of {len(rows)} cells)."
+        f"brings back most: {span(best)}, simultaneous 95 % band. Dot: other than 0, max-T over a "
+        f"row of maps, p ≤ {ALPHA} ({sum(row['p'] <= ALPHA for row in rows)} of {len(rows)} cells)."
     )
+    return textwrap.fill(text, letters)

@@ -16,7 +16,10 @@ def run(visual, image, stream=None, head=None):
     """
     stream, head = stream or {}, head or {}
     patches = visual.conv1(image[None])[0].flatten(1).T
-    x = norm(torch.cat([visual.class_embedding[None], patches]) + visual.positional_embedding, visual.ln_pre)
+    x = norm(
+        torch.cat([visual.class_embedding[None], patches]) + visual.positional_embedding,
+        visual.ln_pre,
+    )
     seen = {"stream": [], "pattern": {}, "v": {}}
     blocks = visual.transformer.resblocks
     for layer in range(len(blocks) + 1):
@@ -31,7 +34,8 @@ def run(visual, image, stream=None, head=None):
         for index in range(attn.num_heads):
             rows = slice(index * d_head, (index + 1) * d_head)
             q, k, v = (
-                y @ attn.in_proj_weight[part * width :][rows].T + attn.in_proj_bias[part * width :][rows]
+                y @ attn.in_proj_weight[part * width :][rows].T
+                + attn.in_proj_bias[part * width :][rows]
                 for part in range(3)
             )
             pattern = torch.softmax(q @ k.T / math.sqrt(d_head), dim=-1)
