@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def patch(swept: Swept, config: PatchConfig) -> dict[str, Any]:
     Raises:
         UserError: if too few pairs differ, or the clean pictures don't score higher.
     """
-    from interp.causal.patching import DIRECTIONS
+    from interp.causal.patching import DIRECTIONS, GROUPS, PARTS
     from interp.stats.intervals import interval_of, mean_interval
 
     pairs, sought = make_pairs(swept, config)
@@ -92,18 +92,21 @@ def patch(swept: Swept, config: PatchConfig) -> dict[str, Any]:
     gap, chance = found["gap"], {"draws": config.draws, "seed": config.seed}
     metric = {m: mean_interval(found[m], None, **chance) for m in ("clean", "corrupted", "gap")}
     if metric["gap"].low <= 0:
-        raise UserError("the model does not score the clean pictures higher: nothing to share out")
-    report: dict[str, Any] = {"schema": SCHEMA, **swept.tie, "pairs": config.pairs}
+        raise UserError(
+            "clean pictures don't score higher by the metric (gap {estimate:.4f} [{low:.4f}, "
+            "{high:.4f}], n = {n}): no shares; try other --pairs".format(**asdict(metric["gap"]))
+        )
+    report: dict[str, Any] = {"schema": SCHEMA, **swept.tie, "pairs": Path(config.pairs).name}
     report |= {"sought": sought, "made": len(pairs), "below_tau": int((~used).sum())}
     report |= {"tau": config.tau, "n": len(gap), **{m: asdict(i) for m, i in metric.items()}}
     for k, direction in enumerate(DIRECTIONS):
-        heads, stream = found["heads"][:, k], found["groups"][:, k]
+        heads, stream = found["heads"][:, k], found["groups"][:, k].swapaxes(1, 2)
         report[direction] = {
-            "heads": _rows(heads, gap, _head_node, chance),
-            "stream": _rows(stream, gap, _stream_node, chance),
+            "heads": _rows(heads, gap, PARTS, chance),
+            "stream": _rows(stream, gap, (*GROUPS, "an object patch", "another patch"), chance),
         }
         if swept.tower.cfg.pool_type == "tok":
-            both = np.concatenate([stream[..., 0], stream[..., 1]], axis=1)
+            both = np.concatenate([stream[:, 0], stream[:, 1]], axis=1)
             report[direction]["handover"] = asdict(interval_of(_handover, both, None, **chance))
     return report
 
@@ -142,27 +145,18 @@ def _measure(swept: Swept, pairs: Sequence[Pair], config: PatchConfig) -> dict[s
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _head_node(part: int, layer: int, head: int) -> tuple[str, str]:
-    return ("z", "pattern", "value")[part], str(Head(layer, head))
-
-
-def _stream_node(entry: int, group: int) -> tuple[str, int]:
-    return ("class", "object", "other", "an object patch", "another patch")[group], entry
-
-
 def _rows(
-    effects: np.ndarray,
-    gap: np.ndarray,
-    node: Callable[..., tuple[str, Any]],
-    chance: dict[str, int],
+    effects: np.ndarray, gap: np.ndarray, parts: Sequence[str], chance: dict[str, int]
 ) -> list[dict[str, Any]]:
+    """A row a node of effects `[pair, part, layer, head]` or `[pair, part, entry]`."""
     from interp.causal.patching import shares
 
     band, test = shares(effects, gap, **chance)
     columns = {"estimate": band.estimate, "low": band.low, "high": band.high, "p": test.p_adjusted}
     return [
-        dict(zip(("part", "at"), node(*at))) | {name: float(x[at]) for name, x in columns.items()}
-        for at in np.ndindex(band.estimate.shape)
+        {"part": parts[node[0]], "at": str(Head(*node[1:])) if len(node) == 3 else node[1]}
+        | {name: float(values[node]) for name, values in columns.items()}
+        for node in np.ndindex(band.estimate.shape)
     ]
 
 

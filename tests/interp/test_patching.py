@@ -26,7 +26,7 @@ from interp.causal.patching import (
 from interp.collect import Subject
 from interp.config import PatchConfig
 from interp.hooked import HookedVisionTransformer
-from interp.patch import make_pairs, patch, render
+from interp.patch import main, make_pairs, patch, render
 from interp.render import words
 from interp.render.canvas import png
 from interp.render.patching import caption, figure
@@ -488,13 +488,29 @@ def test_pairs_are_of_validation_pictures(how, swept):
         assert bool(pair.texts_corrupted) == (how != "fill")
 
 
+def test_the_command_writes_once(pairs_file, swept, monkeypatch, capsys):
+    monkeypatch.setattr("interp.swept.open_swept", lambda config: swept)
+    out, pairs = str(swept.folder), str(pairs_file[1])
+    words = ["--results", out, "--pairs", pairs, "--tau", "0.000001", "--draws", "99"]
+    main(words)
+    printed = capsys.readouterr().out
+    first = (swept.folder / "patching.json").read_bytes()
+    report = json.loads(first)
+    assert render(report) in printed and report["pairs"] == "pairs.json"
+    assert (swept.folder / "patching.png").read_bytes() == png(figure(report))
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        main(words)
+    main([*words, "--overwrite"])
+    assert (swept.folder / "patching.json").read_bytes() == first
+
+
 def test_mistakes_are_named(pairs_file, swept, tmp_path):
     config = PatchConfig(pairs=str(pairs_file[1]), tau=1.9, draws=99)
     with pytest.raises(UserError, match=r"only 0 of 40 pairs differ by --tau 1.9"):
         patch(swept, config)
     turned = [Pair(p.corrupted, p.clean, p.texts_clean, p.texts_corrupted) for p in pairs_file[0]]
     path = written(turned, tmp_path)
-    with pytest.raises(UserError, match="nothing to share out"):
+    with pytest.raises(UserError, match=r"don't score higher by the metric \(gap -.*, n = 40\)"):
         patch(swept, PatchConfig(pairs=str(path), tau=0, draws=99))
     other = dataclasses.replace(swept, source=Mixture([swept.source]))
     with pytest.raises(UserError, match="redraws generated scenes, not"):
