@@ -15,15 +15,13 @@ from interp.render.canvas import LIGHT, Theme, place, themed, write
 from interp.render.figures import MAP
 from interp.render.words import ALPHA, count, span
 
-TITLES = ("output", "where it looks", "what it finds")
-DIRECTIONS = ("denoise", "noise")
+TITLES, DIRECTIONS = ("output", "where it looks", "what it finds"), ("denoise", "noise")
 
 
 def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     """Layer by head, a row a direction, on one colour scale; dots where max-T rejects 0."""
     rows = [row for name in DIRECTIONS for row in report[name]["heads"]]
-    last = Head.parse(rows[-1]["at"])
-    shape = (2, 3, last.layer + 1, last.index + 1)
+    shape = (2, 3, (last := Head.parse(rows[-1]["at"])).layer + 1, last.index + 1)
     values, p = (np.array([row[c] for row in rows]).reshape(shape) for c in ("estimate", "p"))
     scale = Normalize(-np.abs(values).max(), np.abs(values).max())
     high, wide = (float(np.clip(0.28 * side, 1.1, 3.4)) for side in shape[2:])
@@ -40,8 +38,8 @@ def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
             axes.set_yticks(range(shape[2]), ["" if m else f"L{i}" for i in range(shape[2])])
             axes.tick_params(length=0, labelsize=6)
             axes.spines[:].set_visible(False)
-            axes.set_title("" if k else TITLES[m], size=8)
-            axes.set_ylabel("" if m else DIRECTIONS[k])
+            axes.set(title="" if k else TITLES[m], ylabel="" if m else DIRECTIONS[k])
+            axes.title.set_size(8)
         bar = place(result, 0.8 + 3 * (wide + 0.2), 0.7, 0.12, 2 * high + 0.15)
         result.colorbar(ScalarMappable(scale, MAP), cax=bar).outline.set_visible(False)
         write(
@@ -58,9 +56,9 @@ def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
 def caption(report: dict[str, Any], rows: list[dict[str, Any]], letters: int) -> str:
     """What was compared, on how many pairs, and the head that carries most."""
     best = max(rows[: len(rows) // 6], key=lambda row: row["estimate"])
-    text = (
+    return textwrap.fill(
         f"Pairs: {report['pairs']}, n = {count(report['n'])}. Denoised, the output of {best['at']} "
         f"brings back most: {span(best)}, simultaneous 95 % band. Dot: other than 0, max-T over a "
-        f"row of maps, p ≤ {ALPHA} ({sum(row['p'] <= ALPHA for row in rows)} of {len(rows)} cells)."
+        f"row of maps, p ≤ {ALPHA} ({sum(row['p'] <= ALPHA for row in rows)} of {len(rows)} cells).",
+        letters,
     )
-    return textwrap.fill(text, letters)
