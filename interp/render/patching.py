@@ -21,7 +21,8 @@ TITLES, DIRECTIONS = ("output", "where it looks", "what it finds"), ("denoise", 
 def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     """Layer by head, a row a direction, on one colour scale; dots where max-T rejects 0."""
     rows = [row for name in DIRECTIONS for row in report[name]["heads"]]
-    shape = (2, 3, (last := Head.parse(rows[-1]["at"])).layer + 1, last.index + 1)
+    last = Head.parse(rows[-1]["at"])
+    shape = (2, 3, last.layer + 1, last.index + 1)
     values, p = (np.array([row[c] for row in rows]).reshape(shape) for c in ("estimate", "p"))
     scale = Normalize(-np.abs(values).max(), np.abs(values).max())
     high, wide = (float(np.clip(0.28 * side, 1.1, 3.4)) for side in shape[2:])
@@ -56,9 +57,10 @@ def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
 def caption(report: dict[str, Any], rows: list[dict[str, Any]], letters: int) -> str:
     """What was compared, on how many pairs, and the head that carries most."""
     best = max(rows[: len(rows) // 6], key=lambda row: row["estimate"])
+    dots = sum(row["p"] <= ALPHA for row in rows)
     return textwrap.fill(
         f"Pairs: {report['pairs']}, n = {count(report['n'])}. Denoised, the output of {best['at']} "
         f"brings back most: {span(best)}, simultaneous 95 % band. Dot: other than 0, max-T over a "
-        f"row of maps, p ≤ {ALPHA} ({sum(row['p'] <= ALPHA for row in rows)} of {len(rows)} cells).",
+        f"row of maps, p ≤ {ALPHA} ({dots} of {len(rows)} cells).",
         letters,
     )
