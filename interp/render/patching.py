@@ -39,8 +39,8 @@ def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
             axes.set_yticks(range(shape[2]), ["" if m else f"L{i}" for i in range(shape[2])])
             axes.tick_params(length=0, labelsize=6)
             axes.spines[:].set_visible(False)
-            axes.set(title="" if k else TITLES[m], ylabel="" if m else DIRECTIONS[k])
-            axes.title.set_size(8)
+            axes.set_title("" if k else TITLES[m], size=8)
+            axes.set_ylabel("" if m else DIRECTIONS[k])
         bar = place(result, 0.8 + 3 * (wide + 0.2), 0.7, 0.12, 2 * high + 0.15)
         result.colorbar(ScalarMappable(scale, MAP), cax=bar).outline.set_visible(False)
         write(
