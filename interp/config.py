@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from superclip.errors import UserError
 
 Kind = Literal["class", "patches"]
+PAIRS = ("fill", "swap", "colour", "category")
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,7 @@ class AblateConfig(OfSweep):
                 raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise UserError("--kinds needs one or more of mean, resample, zero, each once")
-        if not self.max_memory > 0:
-            raise UserError(f"--max-memory {self.max_memory:g} must be above 0 (GiB)")
+        _check_memory(self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,37 @@ class LensConfig(OfSweep):
 
 
 @dataclass(frozen=True)
+class PatchConfig(OfSweep):
+    """What `interp.patch` patches."""
+
+    pairs: str = "fill"
+    """How a picture is corrupted. fill: an object is filled with its surroundings. swap: replaced
+    by another picture's. colour, category: redrawn otherwise (scenes only). Or a JSON file, a list
+    of {"clean": FILE, "corrupted": FILE, "text_clean": TEXT, "text_corrupted": TEXT}; the last may
+    be missing."""
+    num: int | None = None
+    """Validation pictures to make pairs of. Default: all."""
+    tau: float = 0.01
+    """Pairs whose metric differs by less than this between the two pictures are dropped."""
+    every_patch: bool = False
+    """Patch every patch by itself too: as many passes more as there are patches."""
+    max_memory: float = 1.0
+    """GiB of activations beside the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_memory(self.max_memory)
+        if self.num is not None and self.num < 1:
+            raise UserError(f"--num {self.num} must be at least 1")
+        if self.tau < 0:
+            raise UserError(f"--tau {self.tau} must not be negative")
+        if self.pairs not in PAIRS and not self.pairs.endswith(".json"):
+            raise UserError(
+                f"--pairs {self.pairs!r} is none of {', '.join(PAIRS)} nor a .json file"
+            )
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What `interp.report` shows."""
 
@@ -191,3 +222,8 @@ def _check_sizes(config: SweepConfig | OfSweep) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def _check_memory(gib: float) -> None:
+    if not gib > 0:
+        raise UserError(f"--max-memory {gib:g} must be above 0 (GiB)")

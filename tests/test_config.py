@@ -134,6 +134,7 @@ COMMANDS = {
     "interp.ablate": ["--units", "--sets", "--kinds"],
     "interp.relevance": ["--methods", "--draws"],
     "interp.lens": ["--concepts", "--lens"],
+    "interp.patch": ["--pairs", "--tau", "--every-patch"],
     "interp.report": ["--challenger"],
 }
 

@@ -197,8 +197,12 @@ class Scenes:
     def where(self, row: int) -> str:
         return "the generator"
 
-    def scene(self, index: int) -> Scene:
-        """Scene `index`, with its graph; a pure function of (seed, split, index)."""
+    def scene(self, index: int, colour: str | None = None, category: str | None = None) -> Scene:
+        """Scene `index`, with its graph; a pure function of (seed, split, index).
+
+        Args:
+            colour, category: given to object 0 in place of what is drawn for it; all else stays.
+        """
         if not 0 <= index < self.num_images:
             raise IndexError(f"scene {index} of {self.num_images}")
         bank, draw = _bank(self.seed), _Draws(self._key, index)
@@ -209,9 +213,10 @@ class Scenes:
         first = draw.integer(len(_NAMES))
         second = (first + 1 + draw.integer(len(_NAMES) - 1)) % len(_NAMES)
         cells = draw.sample(GRID * GRID, count + clutter_count)
+        shown = (_NAMES.index(category) if category else first, second)[:count]
         objects = tuple(
-            _paint(canvas, draw, background, cell, _NAMES[c], bank.objects[c])
-            for c, cell in zip((first, second)[:count], cells)
+            _paint(canvas, draw, background, cell, _NAMES[c], bank.objects[c], wanted)
+            for c, cell, wanted in zip(shown, cells, (colour, None))
         )
         clutter = tuple(
             _paint(
@@ -389,14 +394,22 @@ def _ground(textures: np.ndarray, draw: _Draws) -> np.ndarray:
 
 
 def _paint(
-    canvas: np.ndarray, draw: _Draws, background: str, cell: int, category: str, ink: np.ndarray
+    canvas: np.ndarray,
+    draw: _Draws,
+    background: str,
+    cell: int,
+    category: str,
+    ink: np.ndarray,
+    colour: str | None = None,
 ) -> SceneObject:
-    """Blend ink `[h, w, 1]` into a cell, in a random visible colour, opacity and place in it."""
+    """Blend ink `[h, w, 1]` into a cell, in a random visible colour, opacity and place in it; in
+    `colour` where it is given."""
     row, column = divmod(cell, GRID)
     height, width, _ = ink.shape
     y = row * CELL + draw.integer(CELL - height + 1)
     x = column * CELL + draw.integer(CELL - width + 1)
-    colour = draw.choose(VISIBLE[background])
+    drawn = draw.choose(VISIBLE[background])
+    colour = colour or drawn
     rgb = [min(255.0, max(0.0, v + 28 * draw.uniform() - 14)) for v in COLOURS[colour]]
     patch = canvas[y : y + height, x : x + width]
     patch += ink * np.float32(0.85 + 0.15 * draw.uniform()) * (np.array(rgb, np.float32) - patch)
