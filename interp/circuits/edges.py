@@ -77,11 +77,10 @@ class Graph:
         return np.arange(before[-1])[:, None] < np.array(before)
 
     def by_node(
-        self, scores: Float[np.ndarray, "*image writer reader"]
+        self, sums: Float[np.ndarray, "*image writer"]
     ) -> tuple[Float[np.ndarray, "*image layer head"], Float[np.ndarray, "*image layer"]]:
-        """What all edges out of each head, and of each MLP, carry together."""
-        blocks = scores.sum(axis=-1)[..., 1:]
-        blocks = blocks.reshape(*blocks.shape[:-1], self.layers, self.heads + 1)
+        """Sums over each writer's edges, as those of heads and those of MLPs."""
+        blocks = sums[..., 1:].reshape(*sums.shape[:-1], self.layers, self.heads + 1)
         return blocks[..., :-1], blocks[..., -1]
 
 

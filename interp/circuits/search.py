@@ -35,33 +35,30 @@ def without(nodes: Nodes, removed: Collection[Unit]) -> list[Unit]:
 
 
 def minimal_circuit(
-    order: Nodes, faithfulness: Callable[[list[Nodes]], Sequence[float]], target: float
+    order: Nodes, faithfulness: Callable[[Sequence[Nodes]], Sequence[float]], target: float
 ) -> list[Unit]:
     """A set that reaches the target, and falls below it whichever one of its nodes is left out.
 
-    The estimate only gives the order; what stays is decided by exact ablation. First the smallest
-    prefix of the order that reaches the target. Then, as long as some nodes can be spared one by
-    one, the least important of them go together, as many as leave the target reached.
+    Greedy, from all nodes on: those that could be spared one by one go together, the one that is
+    missed least first, as many as leave the target reached; and again, until none can be spared.
+    An estimate of their importance only decides between equals.
 
     Args:
         order: All nodes, most important first.
-        faithfulness: The exact one of each of some sets; of all nodes it is 1, and not asked for.
+        faithfulness: The exact one of each of some sets; no nodes have 0.
+        target: Above 0, and reached by all nodes.
     """
-    prefixes = [order[:size] for size in range(1, len(order))]
-    reached = faithfulness(prefixes) if prefixes else ()
-    enough = (list(nodes) for nodes, f in zip(prefixes, reached, strict=True) if f >= target)
-    circuit = next(enough, list(order))
-    while len(circuit) > 1:
-        last_first = circuit[::-1]
-        left = faithfulness([without(circuit, [node]) for node in last_first])
-        spare = [node for node, f in zip(last_first, left, strict=True) if f >= target]
+    circuit = list(order)
+    while True:
+        one_less = [without(circuit, [node]) for node in reversed(circuit)]
+        left = np.asarray(faithfulness(one_less))
+        ranked = np.argsort(-left, kind="stable")[: int((left >= target).sum())]
+        spare = [circuit[-1 - k] for k in ranked]
         if not spare:
-            break
+            return circuit
         fewer = [without(circuit, spare[:count]) for count in range(1, len(spare) + 1)]
-        fewer = [nodes for nodes in fewer if nodes]
         enough = [f >= target for f in faithfulness(fewer)]
         circuit = fewer[max(1, [*enough, False].index(False)) - 1]  # the first is known to do
-    return circuit
 
 
 def random_sets(
