@@ -206,7 +206,7 @@ def _listed(
     graph: Graph, scores: np.ndarray, judges: _Pictures, circuit: set[str], config: CircuitConfig
 ) -> dict[str, Any]:
     """Nodes, and the strongest edges with their simultaneous band on validation, as networkx writes
-    a graph; an edge's key is the part of a head that it goes to."""
+    a graph; q, k and v of a head are parts of one node."""
     import networkx
 
     from interp.stats.intervals import simultaneous_band
@@ -225,11 +225,11 @@ def _listed(
             found.nodes[name]["layer"] = int(layer[1])
     found.add_node("output", kind="output", circuit=False)
     for k, edge in enumerate(top.tolist()):
-        name = readers[edge % len(readers)]
+        writer, name = writers[edge // len(readers)], readers[edge % len(readers)]
         reader, part = name.split(".") if name[-1] in "qkv" else (name, "")
         values = {of: float(getattr(band, of)[k]) for of in ("estimate", "low", "high")}
-        score = float(scores.flat[edge])
-        found.add_edge(writers[edge // len(readers)], reader, key=part, score=score, **values)
+        values["score"] = float(scores.flat[edge])
+        found.add_edge(writer, reader, key=f"{writer} -> {name}", part=part, **values)
     data = networkx.node_link_data(found)
     data["edges"].sort(key=lambda edge: -abs(edge["score"]))
     return data
@@ -242,9 +242,10 @@ def render(report: dict[str, Any]) -> str:
     kept = "not above 0 by its interval: there is nothing that a circuit could keep"
     if found:
         kept = f"of it {len(found)} of {report['nodes']} {nodes} keep {chosen['faithfulness']:.3f}"
+    over = {"mean": "all wrong captions", "hardest": "the hardest wrong caption"}[options["wrong"]]
+    margin = report["margin"]
     lines = [
-        f"margin over the {options['wrong']} wrong caption{'s' * (options['wrong'] == 'mean')}: "
-        f"{_show(report['margin'])}, n = {report['margin']['n']} validation pictures",
+        f"margin over {over}: {_show(margin)}, n = {margin['n']} validation pictures",
         f"{options['kind']} ablation of all {nodes} costs {_show(chosen['all'])}, "
         f"n = {chosen['all']['n']} discovery pictures; {kept}",
         f"circuit: {', '.join(found) or 'none'}",
@@ -258,8 +259,7 @@ def render(report: dict[str, Any]) -> str:
     edges = report["graph"]["edges"]
     lines.append(f"\nstrongest of {facts['edges']} edges (below 0: supports the margin)")
     for edge in edges[:SHOWN]:
-        name = ".".join(filter(None, (edge["target"], edge["key"])))
-        line = f"  {edge['source']:>8} -> {name:<10}{edge['score']:>9.4f} on discovery, "
+        line = f"  {edge['key']:<22}{edge['score']:>9.4f} on discovery, "
         lines.append(line + f"{_show(edge)} on validation")
     lines.append(f"  (simultaneous band of {len(edges)} edges, n = {facts['n']})")
     for name, fit in report["agreement"].items():
@@ -280,13 +280,15 @@ def _beside(name: str, shares: dict[str, Any]) -> list[str]:
     faithful, lines = name == "faithfulness", [f"  {name} {_show(shares['random']['interval'])}"]
     for rival in ("random", "layer-matched"):
         of, random = shares[rival], shares[rival]["random"]
-        beyond = of["rank"] == (1 if faithful else len(random) + 1)
+        if not random:
+            lines.append(f"    there is no other {rival} set")
+            continue
+        apart = of["over"] if faithful else of["under"]
+        beyond = apart["low"] > 0 if faithful else apart["high"] < 0
         lines.append(
             f"    {len(random)} {rival} sets: {min(random):.4f} to {max(random):.4f}, rank "
-            f"{of['rank']} of {len(random) + 1}: the circuit is {'' if beyond else 'not '}"
-            f"{'above' if faithful else 'below'} their range"
-            if random
-            else f"    there is no other {rival} set"
+            f"{of['rank']} of {len(random) + 1}; {'not ' * (not beyond)}"
+            f"{'above' if faithful else 'below'} their range: {_show(apart)} from its end"
         )
     return lines
 

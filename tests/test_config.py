@@ -132,6 +132,7 @@ COMMANDS = {
     "superclip.pack": ["coco", "scenes"],
     "interp.sweep": ["--kind", "--untrained", "--metric"],
     "interp.ablate": ["--heads", "--sets"],
+    "interp.circuit": ["--faithfulness", "--kind", "--edges"],
     "interp.report": ["--challenger"],
 }
 

@@ -10,6 +10,7 @@ random sets are faithful too: show several kinds, and random sets beside.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -95,11 +96,15 @@ class Share:
         interval: of the share, over pictures.
         random: shares of the random sets.
         rank: 1 where none of them is as large, `len(random) + 1` where all are.
+        over: the share less the largest of theirs, paired by picture; None where there are none.
+        under: the share less the smallest of theirs.
     """
 
     interval: Interval
     random: list[float]
     rank: int
+    over: Interval | None
+    under: Interval | None
 
 
 def share(
@@ -111,6 +116,9 @@ def share(
     seed: int = 0,
 ) -> Share:
     """Compare the metric with a set kept to that with each random set, with all, and with none."""
-    interval = ratio_interval(kept - empty, full - empty, None, draws, seed)
-    random = (others - empty).mean(axis=1) / (full - empty).mean()
-    return Share(interval, random.tolist(), 1 + int((random >= interval.estimate).sum()))
+    ratio = partial(ratio_interval, denominator=full - empty, draws=draws, seed=seed)
+    interval, random = ratio(kept - empty), (others - empty).mean(axis=1) / (full - empty).mean()
+    ends = (random.argmax(), random.argmin()) if len(random) else ()
+    over, under = [ratio(kept - others[end]) for end in ends] or (None, None)
+    rank = 1 + int((random >= interval.estimate).sum())
+    return Share(interval, random.tolist(), rank, over, under)

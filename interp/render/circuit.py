@@ -38,7 +38,7 @@ def draw(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
             (x, y), (end, port) = at[edge["source"]], at[edge["target"]]
             arrow = FancyArrowPatch(
                 (x, y),
-                (end - 0.1, port + PORTS.get(edge["key"], 0.0)),
+                (end - 0.1, port + PORTS.get(edge["part"], 0.0)),
                 connectionstyle="arc3,rad=0.06",
                 arrowstyle="-",
                 linewidth=max(0.3, HEAVIEST * abs(edge["score"]) / largest),

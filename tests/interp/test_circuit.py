@@ -253,6 +253,7 @@ def test_a_planted_circuit_is_found_and_nothing_else(writes, kind):
     found = share(kept([circuit])[0], kept(rivals), full, empty, 199)
     assert found.interval.estimate == pytest.approx(1) == pytest.approx(found.interval.low)
     assert max(found.random) < 0.99 and found.rank == 1
+    assert found.over is not None and found.over.low > 0
     rest = share(kept([without(nodes, circuit)])[0], kept(rivals)[:0], full, empty, 199)
     assert rest.interval.estimate == pytest.approx(0, abs=1e-9) and rest.random == []
 
@@ -316,6 +317,9 @@ def test_a_share_by_hand():
     found = share(kept, others, full, empty, 99)
     assert found.interval.estimate == pytest.approx((2 + 1) / (2 + 4)) and found.interval.n == 2
     assert found.random == pytest.approx([0, 0.5, 7 / 6]) and found.rank == 3  # a tie counts
+    assert (found.over.estimate, found.under.estimate) == pytest.approx((-2 / 3, 0.5))
+    alone = share(kept, others[:0], full, empty, 99)
+    assert (alone.random, alone.rank, alone.over, alone.under) == ([], 1, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +345,9 @@ def test_the_command_writes_what_it_prints(swept, capsys):
     assert saved["scores"].dtype == np.float32
     graph = networkx.read_graphml(out / "circuit.graphml", force_multigraph=True)
     assert graph.number_of_edges() == 7 == len(report["graph"]["edges"])
+    assert (
+        len(set(re.findall(r'<edge [^>]*id="([^"]+)"', (out / "circuit.graphml").read_text()))) == 7
+    )
     strongest = report["graph"]["edges"][0]
     assert abs(strongest["score"]) == pytest.approx(np.abs(saved["scores"]).max())
     assert strongest["low"] <= strongest["estimate"] <= strongest["high"]
@@ -375,14 +382,15 @@ def test_the_report_says_where_a_circuit_is_nothing_special():
     interval = {"estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     fit = {"pearson": None, "spearman": 0.5, "recall": 1.0, "chance": 0.3, "heads": 4}
     ordinary = {"interval": interval, "random": [0.1, 0.7], "rank": 2}
-    special = ordinary | {"rank": 1}
-    edge = {"source": "L0H0", "target": "L1H1", "key": "q", "score": -0.1} | interval
+    ordinary |= {"over": interval | {"low": -0.1}, "under": interval}
+    special = ordinary | {"over": interval, "under": interval | {"high": -0.1}}
+    edge = {"source": "L0H0", "target": "L1H1", "key": "L0H0 -> L1H1.q", "score": -0.1} | interval
     rows = [
         {
             "kind": "zero",
             "all": interval,
             "faithfulness": {"random": special, "layer-matched": ordinary},
-            "completeness": {"random": special | {"rank": 3}, "layer-matched": ordinary},
+            "completeness": {"random": special, "layer-matched": ordinary},
         },
         {"kind": "mean", "all": interval, "faithfulness": None, "completeness": None},
     ]
@@ -398,10 +406,10 @@ def test_the_report_says_where_a_circuit_is_nothing_special():
         "graph": {"graph": {"edges": 20, "n": 9}, "nodes": [], "edges": [edge]},
     }
     said = render(report)
-    assert len(re.findall("is above their range", said)) == 1
-    assert len(re.findall("is not above their range", said)) == 1
-    assert len(re.findall("is below their range", said)) == 1
-    assert len(re.findall("is not below their range", said)) == 1
+    assert len(re.findall("; above their range", said)) == 1
+    assert len(re.findall("; not above their range", said)) == 1
+    assert len(re.findall("; below their range", said)) == 1
+    assert len(re.findall("; not below their range", said)) == 1
     assert "no share is taken" in said and "L0H0 -> L1H1.q" in said and "Pearson none" in said
     nothing = report | {"circuit": [], "validation": []}
     assert "nothing that a circuit could keep" in render(nothing)
