@@ -32,7 +32,6 @@ from superclip.errors import UserError
 STREAMS = ("hook_resid_pre", "hook_resid_mid")
 READ = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "mlp.hook_pre")
 WRITTEN = ("attn.hook_z", "hook_mlp_out")
-FLOW = "btwd,btrd->bwr"
 
 Stream = Float[Tensor, "image token d_model"]
 Gradients = Float[Tensor, "image token reader d_model"]
@@ -95,7 +94,8 @@ def edge_scores(
 
     Args:
         donors: For each image the one that is its corrupted form.
-        steps: 0 for EAP; else Gauss-Legendre points of EAP-IG, a forward and a backward pass each.
+        steps: 0 for EAP; else Gauss-Legendre points of EAP-IG. For ViT-B, each takes the time of
+            about five forward passes.
 
     Returns:
         At least float32; 0 where the graph has no edge.
@@ -122,16 +122,15 @@ def edge_scores(
         scores = embed.new_zeros(len(images), *graph.edges.shape)
         for point, weight in zip(points, weights, strict=True):
             stream = (clean + float(1 + point) / 2 * (corrupt - clean)).requires_grad_()
-            for layer, slope in enumerate(_gradients(tower, stream, metric)):
-                slope *= float(weight) / 2
-                into = scores[:, :, layer * (3 * graph.heads + 1) :][:, :, : slope.shape[2]]
-                into[:, :1] += torch.einsum(FLOW, embed, slope)
+            for layer, slope in enumerate(_gradients(tower, stream, metric, float(weight) / 2)):
+                slope = slope.transpose(1, 2).flatten(2)
+                into = scores[:, :, layer * (3 * graph.heads + 1) :][:, :, : slope.shape[1]]
+                into[:, :1] += _flow(embed, slope)
                 for below in range(layer):
                     written = _written(tower, changes, below)
-                    into[:, 1 + below * width :][:, :width] += torch.einsum(FLOW, written, slope)
+                    into[:, 1 + below * width :][:, :width] += _flow(written, slope)
                 if layer < graph.layers:  # the MLP also reads the heads of its own layer
-                    own = _written(tower, changes, layer)[:, :, :-1]
-                    own = torch.einsum(FLOW, own, slope[:, :, -1:])
+                    own = _flow(_written(tower, changes, layer)[:, :, :-1], slope[:, -1:])
                     into[:, 1 + layer * width :, -1:][:, : graph.heads] += own
     return scores
 
@@ -154,11 +153,18 @@ def _written(
     return torch.cat([tower.block(layer).attn.head_results(z), mlp[:, :, None]], dim=2)
 
 
+def _flow(
+    written: Float[Tensor, "image token writer d_model"],
+    slope: Float[Tensor, "image reader token_times_d_model"],
+) -> Float[Tensor, "image writer reader"]:
+    return written.transpose(1, 2).flatten(2) @ slope.mT
+
+
 def _gradients(
-    tower: HookedVisionTransformer, stream: Stream, metric: Metric
+    tower: HookedVisionTransformer, stream: Stream, metric: Metric, weight: float
 ) -> Iterator[Gradients]:
-    """The metric's gradient in each reader's input: q, k, v of a layer's heads and its MLP, layer
-    by layer; at last the output's."""
+    """The weighted metric's gradient in each reader's input: q, k, v of a layer's heads and its
+    MLP, layer by layer; at last the output's."""
     layers, values = range(tower.cfg.n_layers), {}
     read = [f"blocks.{layer}.{site}" for layer in layers for site in READ]
     read.append(f"blocks.{layers[-1]}.hook_resid_post")
@@ -172,14 +178,14 @@ def _gradients(
     if tuple(scores.shape) != (len(stream),) or not scores.requires_grad:
         raise UserError(f"the metric must give one differentiable score an image, [{len(stream)}]")
     inputs = [values[site] for site in read]
-    found = torch.autograd.grad(scores.sum(), inputs, materialize_grads=True)
+    found = torch.autograd.grad(weight * scores.sum(), inputs, materialize_grads=True)
     slopes = {site: x.to(wide(x.dtype)) for site, x in zip(read, found, strict=True)}
     for layer in layers:
         attn, mlp = tower.block(layer).attn, tower.block(layer).mlp.source
         q, k, v, pre = (slopes[f"blocks.{layer}.{site}"] for site in READ)
         x, mid = (values[f"blocks.{layer}.{site}"].detach().to(pre) for site in STREAMS)
-        weight = torch.stack([attn.W_Q, attn.W_K, attn.W_V]).detach().to(pre)
-        slope = torch.einsum("btphe,phme->btphm", torch.stack([q, k, v], dim=2), weight)
+        in_proj = torch.stack([attn.W_Q, attn.W_K, attn.W_V]).detach().to(pre)
+        slope = torch.einsum("btphe,phme->btphm", torch.stack([q, k, v], dim=2), in_proj)
         into_mlp = (pre @ mlp.mlp.c_fc.weight.detach().to(pre))[:, :, None]
         of_heads = _through_norm(attn.source.ln_1, x, slope.flatten(2, 3))
         yield torch.cat([of_heads, _through_norm(mlp.ln_2, mid, into_mlp)], dim=2)
@@ -191,6 +197,6 @@ def _through_norm(norm: nn.LayerNorm, x: Stream, slope: Gradients) -> Gradients:
     """The gradient in the input of a LayerNorm, from that in its output."""
     centred = (x - x.mean(dim=-1, keepdim=True))[:, :, None]
     scale = (centred.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
-    slope, normalised = slope * norm.weight, centred / scale
-    along = normalised * (slope * normalised).mean(dim=-1, keepdim=True)
-    return (slope - slope.mean(dim=-1, keepdim=True) - along) / scale
+    slope, normalised = slope * (norm.weight / scale), centred / scale
+    slope -= normalised * (slope * normalised).mean(dim=-1, keepdim=True)
+    return slope.sub_(slope.mean(dim=-1, keepdim=True))
