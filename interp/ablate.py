@@ -1,31 +1,48 @@
-"""`python -m interp.ablate`: what the model loses when a head is removed."""
+"""`python -m interp.ablate`: what the model loses when heads, MLPs or layers are removed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from interp.config import AblateConfig
 from interp.heads import Head
-from superclip.errors import UserError, run_command
+from superclip.errors import UserError, nearest, run_command
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from interp.causal.attribution import Attribution
+    from interp.causal.bank import AblationBank
+    from interp.causal.effects import Effects, Questions
+    from interp.causal.findings import Judge
+    from interp.causal.units import Ablation, Unit
     from interp.results import SweepResults
     from interp.swept import Swept
 
-SCHEMA = 1
+SCHEMA = 2
 GROUP = 4
 """Heads removed together in the set comparison."""
+SHOWN = 15
+SAMPLE = 64
+"""Validation pictures that attribution is set against the exact effects on."""
 
-DESCRIPTION = """Remove heads and measure the loss on the sweep's validation pictures: contrastive
-margin (own caption minus hardest wrong one, cosine) and image-to-text R@1, paired by picture. Zero
-ablation, and mean ablation with the mean of the discovery pictures. Attention in a box is no
-evidence of use; this is. Writes ablation.json beside the sweep's results."""
+DESCRIPTION = """Remove every attention head in turn, exactly, and measure the loss on the sweep's
+validation pictures, paired by picture: contrastive margin, retrieval both ways, zero-shot mAP of
+the annotated categories, and the token head's precision. Attention in a box is no evidence of use;
+this is. Ablated embeddings are kept beside the sweep (bank-KIND/), so that an interrupted run goes
+on; ablation.json holds every number, with direct effects and attribution beside the exact ones."""
 
-Roles = dict[Head, str]
+ALL: dict[str, Literal["head", "mlp", "attention", "layer"]] = {
+    "heads": "head",
+    "mlps": "mlp",
+    "attentions": "attention",
+    "layers": "layer",
+}
+Roles = dict[str, str]
 
 
 def main(argv: list[str]) -> None:
@@ -36,220 +53,484 @@ def main(argv: list[str]) -> None:
     from interp.swept import claim, open_swept, write_report
 
     path = claim(config, "ablation.json")
-    report = ablate_heads(open_swept(config), config)
+    report = ablate_units(open_swept(config), config)
     write_report(path, report)
     print(render(report))
     print(f"\nwritten: {path}")
 
 
-def choose_heads(spec: str, results: SweepResults, seed: int) -> Roles:
-    """Heads named by `--heads`, each with why it is there; the first reason counts.
+def ablate_units(swept: Swept, config: AblateConfig) -> dict[str, Any]:
+    """Effects of removing each unit by each kind, with what direct effects and attribution say.
+
+    Raises:
+        UserError: if a unit does not exist, or the pictures are too few for the draws.
+    """
+    from interp.analysis import top_heads
+    from interp.causal.findings import Judge, champion_said, intact, judged
+
+    units, roles = choose_units(config, swept)
+    asked, judge = questions(swept), Judge(config.draws, config.seed)
+    rows, base, said = [], {}, {}
+    sets = _random_sets(swept.results, config)
+    champion = str(top_heads(swept.results, 1)[0])
+    for kind in config.kinds:
+        ablation = _ablation(swept, kind, units, config)
+        removed = units + (sets if kind == "mean" else [])
+        bank = fill_bank(swept, ablation, removed, asked.head is not None, config)
+        found = _effects(bank, asked, config)
+        rows += judged(_without(found, len(units)), units, roles, kind, judge)
+        base = intact(found, judge)
+        if kind == "mean" and sets:
+            said["sets"] = _sets(found, len(units), sets, judge)
+        if kind != "resample":
+            said[kind] = _estimates(swept, ablation, units, found, asked, judge)
+    report = swept.tie | {
+        "schema": SCHEMA,
+        "n": len(swept.rows("validation")),
+        "tokens": config.tokens,
+        "draws": config.draws,
+        "resamples": config.resamples if "resample" in config.kinds else None,
+        "intact": base,
+        "units": rows,
+        "champion": champion,
+        "sentences": champion_said(rows, champion),
+        "sets": said.pop("sets", None),
+        "estimates": said,
+    }
+    if config.downstream:
+        report["downstream"] = _downstream(swept, units, config, judge)
+    return report
+
+
+def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]:
+    """Units named by `--units`, and why a head is there; the first reason counts.
 
     Raises:
         UserError: if a part can't be read or names a head that the tower does not have.
     """
     from interp.analysis import top_heads
+    from interp.causal.units import every, group
 
-    layers, heads = results.shape
-    every = [Head(layer, index) for layer in range(layers) for index in range(heads)]
+    results, cfg = swept.results, swept.tower.cfg
+    heads = [unit.heads[0] for unit in every(cfg, "head")]
+    found: dict[str, Unit] = {}
     roles: Roles = {}
     wanted_random = 0
-    for part in (p.strip() for p in spec.split(",")):
+
+    def add(head: Head, role: str) -> None:
+        if head not in heads:
+            raise UserError(f"--units {head}: the tower has {cfg.n_layers} layers of {cfg.n_heads}")
+        found.setdefault(str(head), group([head]))
+        roles.setdefault(str(head), role)
+
+    for part in (p.strip() for p in config.units.split(",")):
         name, _, count = part.partition(":")
-        if name in ("random", "top"):
+        if name in ("random", "top", "attributed"):
             if not count.isdigit() or int(count) < 1:
-                raise UserError(f"--heads {part}: write {name}:K with K at least 1")
+                raise UserError(f"--units {part}: write {name}:K with K at least 1")
             if name == "random":
                 wanted_random += int(count)
-            else:
+            elif name == "top":
                 for head in top_heads(results, int(count)):
-                    roles.setdefault(head, "top")
+                    add(head, "top")
+            else:
+                for head in _attributed(swept, config)[: int(count)]:
+                    add(head, "attributed")
         elif part == "champion":
-            roles.setdefault(top_heads(results, 1)[0], "champion")
-        elif part == "all":
-            for head in every:
-                roles.setdefault(head, "listed")
+            add(top_heads(results, 1)[0], "champion")
+        elif part in ALL:
+            for unit in every(cfg, ALL[part]):
+                found.setdefault(unit.name, unit)
+        elif "+" in part:
+            several = [Head.parse(one) for one in part.split("+")]
+            found.setdefault(part, group(several, part))
+        elif part[:1] == "L":
+            add(Head.parse(part), "listed")
         else:
-            head = Head.parse(part)
-            if head not in every:
-                raise UserError(f"--heads {part}: the tower has {layers} layers of {heads} heads")
-            roles.setdefault(head, "listed")
-    rest = [head for head in every if head not in roles]
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0xAB1]))
+            raise UserError(f"--units {part!r}: {nearest(part, [*ALL, 'champion', 'L11H5'])}")
+    rest = [head for head in heads if str(head) not in found]
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, 0xAB1]))
     for k in rng.permutation(len(rest))[:wanted_random]:
-        roles[rest[int(k)]] = "random"
-    return roles
+        add(rest[int(k)], "random")
+    roles[str(top_heads(results, 1)[0])] = "champion"
+    return list(found.values()), roles
 
 
-def ablate_heads(swept: Swept, config: AblateConfig) -> dict[str, Any]:
-    """Effects of removing each head, and of the four best together against random fours."""
-    from interp.analysis import top_heads
-    from interp.causal.ablation import embeddings_under_ablation, mean_z
+def questions(swept: Swept) -> Questions:
+    """What the embeddings of the validation pictures are asked.
 
-    results, tower, judged = swept.results, swept.tower, swept.rows("validation")
-    roles = choose_heads(config.heads, results, config.seed)
-    means = mean_z(tower, swept.batches(swept.rows("discovery"), "means"))
-    text, owner = swept.captions("validation")
-    top = top_heads(results, GROUP)
-    sets, labels = _random_sets(results, top, config)
-    bank: dict[tuple[str, str], Any] = {}
-    for kind in ("zero", "mean"):
-        groups = [[], *([head] for head in roles)] + (sets if kind == "mean" else [])
-        names = ["base", *map(str, roles)] + (labels if kind == "mean" else [])
-        given = means if kind == "mean" else None
-        batches = swept.batches(judged, f"{kind} ablation")
-        found = embeddings_under_ablation(tower, batches, groups, kind, given, config.tokens)
-        bank |= {(kind, name): features for name, features in zip(names, found)}
-    norms = _removed_norms(tower, swept.batches(judged, "norms"), means, roles)
-    texts = text.cpu(), owner.cpu()
-    return _report(results, roles, bank, *texts, norms, (top, sets, labels), config)
-
-
-def _random_sets(results: SweepResults, top: Sequence[Head], config: AblateConfig):
-    """The best heads of discovery together, and as many sets of as many of the others."""
-    layers, heads = results.shape
-    rest = [h for h in (Head(*divmod(k, heads)) for k in range(layers * heads)) if h not in top]
-    if config.sets == 0 or len(rest) < GROUP:
-        return [], []
-    rng = np.random.Generator(np.random.Philox(key=[config.seed, 0xAB2]))
-    drawn = [[rest[int(k)] for k in rng.permutation(len(rest))[:GROUP]] for _ in range(config.sets)]
-    return [list(top), *drawn], ["top set", *(f"set {k}" for k in range(config.sets))]
-
-
-def _removed_norms(
-    tower: Any, batches: Any, means: Any, roles: Roles
-) -> dict[str, dict[Head, float]]:
-    """Mean norm of what a removal takes from the class token's stream, by kind and head."""
+    The token head is asked for the tokens that a caption of a discovery picture holds, without the
+    special ones.
+    """
     import torch
 
-    totals = {kind: dict.fromkeys(roles, 0.0) for kind in ("zero", "mean")}
-    n = 0
-    with torch.no_grad():
-        for images in batches:
-            _, cache = tower.run_with_cache(
-                images, names_filter=lambda name: name.endswith("hook_z")
-            )
-            n += len(images)
-            for head in roles:
-                z = cache["z", head.layer][:, 0, head.index]
-                weight = tower.blocks[head.layer].attn.W_O[head.index]
-                mean = means[head.layer, 0, head.index].to(z)
-                totals["zero"][head] += float((z @ weight).norm(dim=-1).sum())
-                totals["mean"][head] += float(((z - mean) @ weight).norm(dim=-1).sum())
-    return {kind: {head: total / n for head, total in of.items()} for kind, of in totals.items()}
+    from interp.causal.effects import Questions
+
+    texts, owner = swept.captions("validation")
+    names, present = swept.results.manifest["categories"], swept.present("validation")
+    found = Questions(texts, owner, swept.class_vectors(names), present)
+    head = swept.model.token_head
+    if head is None:
+        return found
+    known, held = (_token_ids(swept, split) for split in ("discovery", "validation"))
+    ids = sorted(set().union(*known))
+    seen: Tensor | None = head.vocab_ids  # pyright: ignore[reportAssignmentType]
+    every = range(head.vocabulary) if seen is None else seen.tolist()
+    column = {token: k for k, token in enumerate(every)}
+    ids = [token for token in ids if token in column]
+    columns = torch.tensor([column[token] for token in ids], device=swept.device)
+    shows = torch.tensor([[token in own for token in ids] for own in held], device=swept.device)
+    return replace(found, head=head, columns=columns, held=shows)
 
 
-def _report(results, roles, bank, text, owner, norms, sets, config: AblateConfig) -> dict[str, Any]:
-    from interp.causal.ablation import contrastive_margin, recall_hits
-    from interp.stats.intervals import mean_interval
+def _token_ids(swept: Swept, split: str) -> list[set[int]]:
+    """Of each picture's captions, without special ones."""
+    from superclip.model.factory import special_ids, tokenizer
+
+    special = set(special_ids(tokenizer(swept.subject.model_config)))
+    tokenize = swept.encoder.tokenize
+    return [
+        {int(t) for c in record.captions for t in tokenize(c)} - special
+        for record in swept.records(split)
+    ]
+
+
+def _ablation(swept: Swept, kind: str, units: Sequence[Unit], config: AblateConfig) -> Ablation:
+    from interp.causal.units import Ablation, mean_activations
+
+    if kind != "mean":
+        return Ablation(kind, config.tokens)
+    batches = swept.batches(swept.rows("discovery"), "means")
+    mean_z, mean_mlp = mean_activations(swept.tower, batches)
+    return Ablation(kind, config.tokens, mean_z, mean_mlp)
+
+
+def fill_bank(
+    swept: Swept, ablation: Ablation, units: Sequence[Unit], patches: bool, config: AblateConfig
+) -> AblationBank:
+    """Embeddings of the validation pictures without each unit, computed where they are missing."""
+    from tqdm import tqdm
+
+    from interp.causal.bank import AblationBank, BankKey
+    from interp.causal.units import derangements
+
+    ids, kind = swept.ids("validation"), ablation.kind
+    several = kind == "resample"
+    head = swept.model.token_head
+    key = BankKey(
+        swept.subject.facts["sha256"],
+        ids,
+        ablation,
+        units,
+        swept.ids("discovery") if kind == "mean" else None,
+        derangements(len(ids), config.resamples, config.seed) if several else None,
+        patches and head is not None and head.source == "patches",
+    )
+    tokens = "" if config.tokens == "all" else "-class"
+    folder = swept.folder / f"bank-{kind}{tokens}"
+    bank = AblationBank.open(folder, key, chunk=config.batch_size, overwrite=True)
+    rows, left = swept.rows("validation"), len(bank.missing)
+
+    def pictures(chunks: Sequence[Sequence[int]]):
+        named = [[rows[k] for k in chunk] for chunk in chunks]
+        return swept.pictures(named)
+
+    with tqdm(
+        desc=f"{kind} ablation of {len(units)}", total=left, unit="batch", disable=None
+    ) as bar:
+        bank.compute(swept.tower, pictures, int(config.max_memory * 2**30), bar.update)
+    return bank
+
+
+def _effects(bank: AblationBank, asked: Questions, config: AblateConfig) -> Effects:
+    from interp.causal.effects import effects
+
+    return effects(bank, asked, min(config.draws, 1000), config.seed)
+
+
+def _without(found: Effects, count: int) -> Effects:
+    """The first units alone: the random sets are no units of the table."""
+    return replace(
+        found,
+        units=found.units[:count],
+        ablated={name: values[:count] for name, values in found.ablated.items()},
+        removed=found.removed[:count],
+        mean_ap=None if found.mean_ap is None else (found.mean_ap[0], found.mean_ap[1][:count]),
+    )
+
+
+def _random_sets(results: SweepResults, config: AblateConfig) -> list[Unit]:
+    """The best heads of discovery together, and as many sets of as many of the others."""
+    from interp.analysis import top_heads
+    from interp.causal.units import group
+
+    layers, heads = results.shape
+    top = top_heads(results, GROUP)
+    rest = [h for h in (Head(*divmod(k, heads)) for k in range(layers * heads)) if h not in top]
+    if config.sets == 0 or len(rest) < GROUP:
+        return []
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, 0xAB2]))
+    drawn = [[rest[int(k)] for k in rng.permutation(len(rest))[:GROUP]] for _ in range(config.sets)]
+    return [group(top, "top set"), *(group(own, f"set {k}") for k, own in enumerate(drawn))]
+
+
+def _sets(found: Effects, start: int, sets: Sequence[Unit], judge: Judge) -> dict[str, Any]:
+    """The best heads together against random sets of as many, by R@1 and by the margin."""
+    said: dict[str, Any] = {"size": GROUP, "top": [str(head) for head in sets[0].heads]}
+    for name in ("margin", "i2t@1"):
+        changes = found.change(name)[start:]
+        means = changes.mean(axis=1)
+        said[name] = {
+            "top": judge.interval(changes[0]),
+            "random": means[1:].tolist(),
+            "rank": int((means <= means[0]).sum()),
+            "of": len(means),
+        }
+    return said
+
+
+def _estimates(
+    swept: Swept,
+    ablation: Ablation,
+    units: Sequence[Unit],
+    found: Effects,
+    asked: Questions,
+    judge: Judge,
+) -> dict[str, Any]:
+    """Direct effects of the heads that were removed, on the frozen margin, which is linear; and how
+    attribution agrees with the exact effects on the margin."""
+    import torch
+
+    from interp.causal.direct import caption_directions, direct_ablation
+    from interp.causal.findings import direct_rows
+
+    singles = [k for k, unit in enumerate(units) if len(unit.heads) == 1 and not unit.mlps]
+    heads = [units[k].heads[0] for k in singles]
+    if not heads:
+        return {}
+    heads_only = replace(ablation, mean_mlp=None)
+    rows, direct, start = swept.rows("validation"), [], 0
+    for images in swept.batches(rows, "direct effects"):
+        chosen = torch.arange(start, start + len(images), device=swept.device)
+
+        def frozen(features: Tensor, chosen: Tensor = chosen) -> Tensor:
+            return caption_directions(features, asked.texts, asked.owner, chosen)[:, 2:]
+
+        direct.append(direct_ablation(swept.tower, images, frozen, heads_only)[..., 0].cpu())
+        start += len(images)
+    total = found.change("frozen")[singles].T
+    shown = direct_rows(np.concatenate(direct).astype(np.float64), total, heads, judge)
+    exact = found.change("margin")[singles].T
+    return {"heads": shown, "attribution": _agreement(swept, heads_only, heads, exact, asked)}
+
+
+def _agreement(
+    swept: Swept, ablation: Ablation, heads: Sequence[Head], total: np.ndarray, asked: Questions
+) -> dict[str, Any] | None:
+    """Attribution, plain and integrated, against the exact effects on a sample of pictures; None
+    where not every head was removed exactly."""
+    from interp.causal.attribution import agreement
+
+    layers, per_layer = swept.results.shape
+    if len(heads) < layers * per_layer:
+        return None
+    order = [heads.index(Head(*divmod(k, per_layer))) for k in range(len(heads))]
+    exact = total[:SAMPLE, order].reshape(-1, layers, per_layer)
+    rows = swept.rows("validation")[:SAMPLE]
+    return {
+        name: asdict(agreement(estimate, exact))
+        for name, estimate in attributions(swept, ablation, rows, asked).items()
+    }
+
+
+def attributions(
+    swept: Swept, ablation: Ablation, rows: Sequence[int], asked: Questions
+) -> dict[str, np.ndarray]:
+    """Estimated effects on the margin, `[image, layer, head]`, by `plain` and `integrated`
+    attribution; `rows` are the first of the split that the questions are about."""
+    import torch
+
+    from interp.causal.attribution import attribution, integrated_attribution
+
+    texts = torch.nn.functional.normalize(asked.texts, dim=-1)
+    found: dict[str, list[np.ndarray]] = {"plain": [], "integrated": []}
+    start = 0
+    for images in swept.batches(rows, "attribution"):
+        chosen = torch.arange(start, start + len(images), device=swept.device)
+        own = asked.owner == chosen[:, None]
+
+        def margin(features: Tensor, own: Tensor = own) -> Tensor:
+            cosines = torch.nn.functional.normalize(features, dim=-1) @ texts.T
+            wrong = cosines.masked_fill(own, -torch.inf).amax(1)
+            return (cosines * own).sum(1) / own.sum(1) - wrong
+
+        estimates: tuple[Attribution, Attribution] = (
+            attribution(swept.tower, images, margin, ablation),
+            integrated_attribution(swept.tower, images, margin, ablation),
+        )
+        for name, estimate in zip(found, estimates):
+            found[name].append(estimate.heads.detach().double().cpu().numpy())
+        start += len(images)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _attributed(swept: Swept, config: AblateConfig) -> list[Head]:
+    """All heads, the largest integrated attribution under zero ablation on discovery first."""
+    from interp.causal.effects import Questions
+    from interp.causal.units import Ablation
+
+    asked = Questions(*swept.captions("discovery"))
+    rows = swept.rows("discovery")[:SAMPLE]
+    found = attributions(swept, Ablation("zero", config.tokens), rows, asked)["integrated"]
+    order = np.argsort(-np.abs(found.mean(axis=0)), axis=None, kind="stable")
+    return [Head(*divmod(int(k), found.shape[2])) for k in order]
+
+
+def _downstream(
+    swept: Swept, units: Sequence[Unit], config: AblateConfig, judge: Judge
+) -> list[dict[str, Any]]:
+    """Change of later heads' in-box mass under zero ablation of each unit; the 20 surest by
+    two-sided sign flips with max-T over all pairs."""
+    from interp.causal.sweep import Rows, ablate_batch
+    from interp.causal.units import Ablation
+    from interp.collect import attention_maps
+    from interp.grounding.metrics import in_box_mass
     from interp.stats.multiplicity import sign_flip_test
 
-    def measures(features: Any) -> tuple[np.ndarray, np.ndarray]:
-        margin = contrastive_margin(features, text, owner).double().numpy()
-        return margin, recall_hits(features, text, owner, 1).double().numpy()
+    results, cfg = swept.results, swept.tower.cfg
+    chosen, at = results.rows("validation"), 0
+    coverage, valid = results.coverage[chosen], results.valid[chosen]
+    change = np.zeros((len(chosen), len(units), cfg.n_layers, cfg.n_heads))
+    for images in swept.batches(swept.rows("validation"), "downstream"):
+        own = slice(at, at + len(images))
+        maps, _, _ = attention_maps(swept.tower, images, "class")
+        before = in_box_mass(maps, coverage[own], valid[own])
 
-    def interval(values: np.ndarray) -> dict[str, float]:
-        return asdict(mean_interval(values, None, config.draws, config.seed))
+        def watch(seen: Rows, at: int = at, before: np.ndarray = before) -> None:
+            mine = range(len(before))[seen.images]
+            rows = [at + k for k in mine]
+            for unit, attention in zip(seen.units, seen.rows[..., cfg.prefix_tokens :]):
+                after = in_box_mass(attention.cpu().numpy(), coverage[rows], valid[rows])
+                change[rows, unit, seen.layer] = after - before[list(mine), seen.layer]
 
-    base = measures(bank["zero", "base"])
-    rows, ranks = [], {}
-    for kind in ("zero", "mean"):
-        effects = [measures(bank[kind, str(head)]) for head in roles]
-        margins = np.stack([m - base[0] for m, _ in effects], axis=1)
-        test = sign_flip_test(margins, two_sided=True, draws=config.draws, seed=config.seed)
-        for k, (head, role) in enumerate(roles.items()):
-            rows.append(
-                {
-                    "head": str(head),
-                    "role": role,
-                    "kind": kind,
-                    "removed_norm": norms[kind][head],
-                    "margin": interval(margins[:, k]),
-                    "margin_p": float(test.p[k]),
-                    "margin_p_adjusted": float(test.p_adjusted[k]),
-                    "recall_at_1": interval(effects[k][1] - base[1]),
-                }
-            )
-        place = list(roles.values()).index("champion") if "champion" in roles.values() else None
-        if place is not None:
-            means = margins.mean(axis=0)
-            others = [k for k, role in enumerate(roles.values()) if role == "random"]
-            rank = 1 + sum(means[k] <= means[place] for k in others)
-            ranks[kind] = {"rank": int(rank), "of": len(others) + 1}
-    return {
-        "schema": SCHEMA,
-        "checkpoint_sha256": results.manifest["checkpoint"]["sha256"],
-        "images_sha256": results.manifest["images_sha256"],
-        "n": len(base[0]),
-        "tokens": config.tokens,
-        "base": {"margin": interval(base[0]), "recall_at_1": interval(base[1])},
-        "heads": rows,
-        "champion_rank": ranks or None,
-        "sets": _sets(sets, bank, measures, base, interval),
-    }
-
-
-def _sets(sets, bank, measures, base, interval) -> dict[str, Any] | None:
-    """The best heads together against random sets of as many, by R@1 under mean ablation."""
-    top, groups, labels = sets
-    if not groups:
-        return None
-    changes = [measures(bank["mean", label])[1] - base[1] for label in labels]
-    means = [float(change.mean()) for change in changes]
-    return {
-        "size": GROUP,
-        "kind": "mean",
-        "top": [str(head) for head in top],
-        "top_effect": interval(changes[0]),
-        "random_effects": means[1:],
-        "rank": 1 + sum(m <= means[0] for m in means[1:]),
-        "of": len(means),
-    }
+        memory = int(config.max_memory * 2**30)
+        ablate_batch(swept.tower, images, Ablation("zero", config.tokens), units, (), memory, watch)
+        at += len(images)
+    later = np.zeros(change.shape[1:], bool)
+    for k, unit in enumerate(units):
+        later[k, unit.layers[0] + 1 :] = True
+    pairs = np.argwhere(later)
+    if not len(pairs):
+        return []
+    values = change[:, later]
+    test = sign_flip_test(values, two_sided=True, draws=judge.draws, seed=judge.seed)
+    order = np.argsort(-np.abs(test.t), kind="stable")[:20]
+    return [
+        {
+            "removed": units[pairs[k][0]].name,
+            "head": str(Head(*(int(i) for i in pairs[k][1:]))),
+            "in_box_mass": judge.interval(values[:, k]),
+            "p_adjusted": float(test.p_adjusted[k]),
+            "pairs": len(pairs),
+        }
+        for k in order
+    ]
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text."""
-
-    def show(interval: dict[str, float], scale: float = 1, digits: int = 4) -> str:
-        values = (interval[k] * scale for k in ("estimate", "low", "high"))
-        return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*values, d=digits)
-
-    base = report["base"]
-    lines = [
-        f"intact, n = {report['n']} validation pictures: contrastive margin "
-        f"{show(base['margin'])}, "
-        f"image-to-text R@1 among them {show(base['recall_at_1'], 100, 1)}",
-        "",
-        f"{'head':<8}{'role':<10}{'kind':<6}{'margin, ablated - intact':<30}{'p':>8}{'p adj.':>8}  "
-        f"{'R@1, points':<24}{'norm':>7}",
-    ]
-    for row in sorted(report["heads"], key=lambda r: (r["kind"], r["margin"]["estimate"])):
-        lines.append(
-            f"{row['head']:<8}{row['role']:<10}{row['kind']:<6}{show(row['margin']):<30}"
-            f"{row['margin_p']:>8.4f}{row['margin_p_adjusted']:>8.4f}  "
-            f"{show(row['recall_at_1'], 100, 1):<24}{row['removed_norm']:>7.3f}"
-        )
-    for kind, place in (report["champion_rank"] or {}).items():
-        lines.append(
-            f"{kind} ablation: the champion's loss of margin is number {place['rank']} of "
-            f"{place['of']} "
-            "(itself and the random heads)"
-        )
+    """The report as text: the largest losses of each kind, and what they say of the champion."""
+    lines = [f"intact, n = {report['n']} validation pictures: " + _intact(report["intact"])]
+    shown = list(dict.fromkeys((r["kind"], r["family"]) for r in report["units"]))
+    for kind, family in shown:
+        rows = [r for r in report["units"] if (r["kind"], r["family"]) == (kind, family)]
+        rows.sort(key=lambda row: row["rank"])
+        kept = [r for k, r in enumerate(rows) if k < SHOWN or r["role"] == "champion"]
+        estimates = report["estimates"].get(kind, {}).get("heads", {}) if family == "head" else {}
+        lines += ["", f"{kind} ablation, {family} by {family}, {report['tokens']} token(s):"]
+        lines += _table(kept, estimates)
+        if len(kept) < len(rows):
+            lines.append(f"  and {len(rows) - len(kept)} more in ablation.json")
+    lines += ["", *report["sentences"]]
     if report["sets"] is not None:
-        sets = report["sets"]
-        effects = [100 * e for e in sets["random_effects"]]
+        lines.append(_sets_said(report["sets"]))
+    lines += _attribution_said(report["estimates"])
+    for row in report.get("downstream", [])[:5]:
         lines.append(
-            f"the {sets['size']} best of discovery together ({', '.join(sets['top'])}), mean "
-            "ablation: R@1 "
-            f"{show(sets['top_effect'], 100, 1)} points; {len(effects)} random sets of "
-            f"{sets['size']}: mean "
-            f"{np.mean(effects):.1f}, from {min(effects):.1f} to {max(effects):.1f}; rank "
-            f"{sets['rank']} of {sets['of']}"
+            f"without {row['removed']}, {row['head']} changes its in-box mass by "
+            f"{_show(row['in_box_mass'])}, adjusted p {row['p_adjusted']:.4f}"
         )
-    lines.append(
-        "intervals: bootstrap over pictures, paired; p: sign flips, adjusted by max-T within a kind"
-    )
+    lines += [
+        "",
+        "margin: cosine with own captions less that with the hardest wrong one, ablated minus "
+        "intact, simultaneous 95 % band;",
+        "p: sign flips over pictures, max-T within the table. Any disturbance costs some margin: "
+        "see ranks and loss per norm.",
+        "frozen: margin against the caption that was hardest intact; direct: its change if nothing "
+        "later saw the removal;",
+        "repaired: share of the direct change that later layers make good (below 0: amplify).",
+    ]
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]], estimates: dict[str, Any]) -> list[str]:
+    from superclip.evaluation.tables import aligned
+
+    extra = [name for name in ("token AP", "mAP") if name in rows[0]["measures"]]
+    heads = ["unit", "role", "margin", "p adj.", "i2t R@1", "t2i R@1", *extra]
+    heads += ["norm", "per norm"] + (["frozen", "direct", "repaired"] if estimates else [])
+    table = [heads]
+    for row in rows:
+        measures = row["measures"]
+        cells = [row["unit"], row["role"], _show(row["margin"]), f"{row['p_adjusted']:.4f}"]
+        cells += [f"{100 * measures[name]['estimate']:+.1f}" for name in ("i2t@1", "t2i@1", *extra)]
+        cells.append(f"{row['removed_norm']:.2f}")
+        cells.append("-" if row["per_norm"] is None else f"{row['per_norm']:+.4f}")
+        if estimates:
+            own = estimates[row["unit"]]
+            cells.append(f"{measures['frozen']['estimate']:+.4f}")
+            cells.append(f"{own['direct']['estimate']:+.4f}")
+            cells.append("-" if own["repaired"] is None else f"{own['repaired']['estimate']:+.2f}")
+        table.append(cells)
+    return [f"  {line}" for line in aligned(table, "<<>>" + ">" * (len(heads) - 4))]
+
+
+def _show(interval: dict[str, float], scale: float = 1, digits: int = 4) -> str:
+    values = (interval[k] * scale for k in ("estimate", "low", "high"))
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*values, d=digits)
+
+
+def _intact(base: dict[str, Any]) -> str:
+    told = [f"margin {_show(base['margin'])}"]
+    told += [f"{n} R@1 {_show(base[f'{n}@1'], 100, 1)}" for n in ("i2t", "t2i")]
+    told += [f"{n} {100 * base[n]['estimate']:.1f}" for n in ("mAP", "token AP") if n in base]
+    return ", ".join(told)
+
+
+def _sets_said(sets: dict[str, Any]) -> str:
+    found = sets["i2t@1"]
+    drawn = [100 * value for value in found["random"]]
+    return (
+        f"the {sets['size']} best of discovery together ({', '.join(sets['top'])}), mean ablation: "
+        f"R@1 {_show(found['top'], 100, 1)} points; {len(drawn)} random sets of {sets['size']}: "
+        f"mean {np.mean(drawn):.1f}, from {min(drawn):.1f} to {max(drawn):.1f}; number "
+        f"{found['rank']} of {found['of']} by loss"
+    )
+
+
+def _attribution_said(estimates: dict[str, Any]) -> list[str]:
+    lines = []
+    for kind, found in estimates.items():
+        for name, fit in (found.get("attribution") or {}).items():
+            told = [fit["overall"], *fit["layers"]]
+            pearson, spearman = (
+                " ".join("-" if f[of] is None else f"{f[of]:.2f}" for f in told)
+                for of in ("pearson", "spearman")
+            )
+            lines.append(
+                f"{name} attribution against exact {kind} ablation, {fit['images']} pictures, all "
+                f"heads then layer by layer: Pearson {pearson}; Spearman {spearman}"
+            )
+    return lines
 
 
 if __name__ == "__main__":

@@ -119,19 +119,43 @@ class OfSweep:
 class AblateConfig(OfSweep):
     """What `interp.ablate` removes."""
 
-    heads: str = "champion,random:20"
-    """Comma list of L11H5, champion, top:K (K best of discovery, one by one), random:K (K other
-    heads drawn at random), all."""
+    units: str = "heads"
+    """Comma list of what is removed, one at a time: heads, mlps, attentions, layers (all of each);
+    L11H5, L3H1+L2H0 (together); champion, top:K (K best of discovery), random:K (K other heads),
+    attributed:K (K heads of the largest attribution on discovery)."""
+    kinds: tuple[Literal["mean", "resample", "zero"], ...] = ("mean", "resample", "zero")
+    """What stands in: the mean over discovery pictures, another picture's output, nothing."""
+    resamples: int = 3
+    """Other pictures that each picture's outputs are replaced by, in turn; effects are averaged."""
     sets: int = 20
-    """Random sets of as many heads, to set the removal of the four best heads together against. 0
-    leaves this out."""
+    """Random sets of as many heads, to set the removal of the four best heads together against (by
+    mean ablation). 0 leaves this out."""
     tokens: Literal["all", "class"] = "all"
     """Replace the heads' outputs at every token or at the class token only."""
+    downstream: bool = False
+    """Also measure how later heads' in-box mass changes when a head is removed."""
+    max_memory: float = 1.0
+    """GiB of activations beside the weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sets < 0:
-            raise UserError("--sets must not be negative")
+        for name, least in (("sets", 0), ("resamples", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise UserError("--kinds needs one or more of mean, resample, zero, each once")
+        if not self.max_memory > 0:
+            raise UserError(f"--max-memory {self.max_memory:g} must be above 0 (GiB)")
+
+
+@dataclass(frozen=True)
+class RelevanceConfig(OfSweep):
+    """Which relevance maps `interp.relevance` scores."""
+
+    methods: str = "all"
+    """Comma list of attention, rollout, chefer, chefer-all, legrad, legrad-all, legrad-mean,
+    legrad-mean-all, gradcam, maskclip, sclip (-all: from the first layer on, not the last one or
+    two). Default: all that the tower allows. Raw attention is always among them."""
 
 
 @dataclass(frozen=True)

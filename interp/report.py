@@ -22,7 +22,7 @@ DESCRIPTION = """Turn sweeps into one self-contained HTML page, with heatmap.png
 champion_vs_challenger.gif beside it. Every number is computed anew from the results; eval_val.json
 beside the checkpoint and ablation.json beside the results are shown where they stand."""
 
-ABLATION_SCHEMA = 1
+ABLATION_SCHEMA = 2
 EVALUATION_SCHEMA = 2
 
 

@@ -14,8 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from open_clip import SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,8 +28,10 @@ from interp.results import SweepResults
 from interp.subject import default_folder, open_pictures, open_subject
 from superclip.data.batch import Record, Source
 from superclip.data.loader import tokenizer_for
+from superclip.data.scenes import Scenes, category_templates
 from superclip.errors import UserError, check_writable, replace_text
 from superclip.evaluation.encode import Encoder
+from superclip.evaluation.zeroshot import classifier
 from superclip.model.factory import tokenizer
 from superclip.model.superclip import SuperCLIP
 from superclip.model.weights import newest_checkpoint
@@ -100,6 +104,20 @@ class Swept:
         owner = [i for i, own in enumerate(texts) for _ in own]
         vectors = self.encoder.texts(self.model, [text for own in texts for text in own])
         return vectors, torch.tensor(owner, device=self.device)
+
+    def class_vectors(self, names: Sequence[str]) -> Float[Tensor, "class d"]:
+        """Zero-shot classifier of categories, by the scenes' own prompts or CLIP's seven short
+        ones."""
+        scenes = isinstance(self.source, Scenes)
+        prompts = category_templates() if scenes else [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES]
+        return classifier(self.model, self.encoder, names, prompts)
+
+    def present(self, split: str) -> Bool[np.ndarray, "image category"]:
+        """Which of the manifest's categories each picture of a split shows after the crop."""
+        results, rows = self.results, self.results.rows(split)
+        shown = np.zeros((len(results.image_ids), len(results.manifest["categories"])), bool)
+        shown[results.category_image, results.category_id] = True
+        return shown[rows]
 
     @property
     def tie(self) -> dict[str, Any]:

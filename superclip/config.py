@@ -317,10 +317,10 @@ class EvalConfig:
     ckpt: tuple[Path, ...] = ()
     """Checkpoints: one, or one a seed of the same recipe. Default: the newest under logs/ (numeric
     order)."""
-    against: tuple[Path, ...] = ()
+    against: tuple[Path, ...] | None = None
     """Checkpoints to compare with, on the same pictures: one, or one a seed."""
     model: str | None = None
-    """An open_clip model name, for --ckpt or --pretrained weights that bring no configuration."""
+    """An open_clip model name, for --pretrained, and for files that bring no configuration."""
     pretrained: str | None = None
     """With --model: an open_clip tag instead of --ckpt."""
     tasks: tuple[Task, ...] = ()
@@ -337,7 +337,9 @@ class EvalConfig:
     fine-tuning studies). coco-5k, coco-1k (mean of five folds), flickr: the published ones, five
     captions a picture; refused where the data has another number of pictures."""
     num: int | None = None
-    """Pictures to use. Default: all; 2 000 on scenes."""
+    """Pictures of --val-data, and generated scenes, to use. Default: all; 2 000 on scenes."""
+    data_seed: int | None = None
+    """Seed of generated scenes. Default: the checkpoint's."""
     pool: int | None = None
     """Candidates per retrieval pool. Default: all pictures; 500 on scenes."""
     zeroshot: str | None = None
@@ -358,8 +360,9 @@ class EvalConfig:
     """Linear probe: labelled training pictures, spelled like --zeroshot."""
     probe_test: str | None = None
     """Labelled test pictures. Default: 30 % of --probe, dealt by a hash of their ids."""
-    effect: float = 2.0
-    """With --against: the true difference (points; ranks) for which the power is stated."""
+    effect: float | None = None
+    """With --against: the true difference (points; ranks) for which the power is stated. Default:
+    2."""
     batch_size: int = 64
     workers: int = 0
     """Reader processes."""
@@ -371,7 +374,8 @@ class EvalConfig:
     """Draws of the bootstrap over pictures."""
     out: Path | None = None
     """JSON file. Default: eval_SPLIT.json beside the checkpoint (with other options than the
-    default ones a name of its own); with --against, compare_HASH.json beside the first."""
+    default ones a name of its own; for --pretrained here); with --against, compare_HASH.json beside
+    the first."""
     overwrite: bool = False
     """Replace that file."""
 
@@ -382,8 +386,15 @@ class EvalConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers} must not be negative")
-        if not 0 < self.effect < math.inf:
+        if self.effect is not None and not 0 < self.effect < math.inf:
             raise UserError(f"--effect {self.effect} must be above 0")
+        if self.against == ():
+            raise UserError("--against is empty; name checkpoints, or leave it out")
+        if self.effect is not None and self.against is None:
+            raise UserError("--effect goes with --against")
+        for path in (*self.ckpt, *(self.against or ())):
+            if path == Path():
+                raise UserError("a checkpoint's name is empty; name a file")
         for name in ("val_data", "zeroshot", "probe", "probe_test"):
             if getattr(self, name) == "":
                 raise UserError(f"--{name.replace('_', '-')} is empty; name data, or leave it out")

@@ -1,5 +1,6 @@
 """The one exception a user's mistake becomes, and how a command prints it."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -54,6 +55,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
     Ctrl-C ends with one line too, and the usual status 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a class name in a script the terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     config = parse(EvalConfig, argv, "python -m superclip.evaluate", DESCRIPTION)
     logging.getLogger().setLevel(logging.ERROR)
-    if config.against:
+    if config.against is not None:
         compare_arms(config)
     else:
         evaluate(config)
@@ -49,7 +50,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Measure one checkpoint; print and write its report.
 
     Raises:
-        UserError: if checkpoint or data are missing or unusable, or the report is there already.
+        UserError: if checkpoint or data are missing or unusable, or the report is there already;
+            nothing is measured before all of that is known.
     """
     from superclip.evaluation.tables import SCHEMA, result_lines, rows_of
     from superclip.evaluation.tasks import Evaluation
@@ -61,9 +63,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
     evaluation = Evaluation(config, choose_device(config.device))
     path = _default_ckpt(config)
-    default = Path("eval.json") if path is None else path.with_name(f"eval_{_name(config)}.json")
+    if path is None:
+        weights = re.sub(r"[^\w.-]+", "-", f"{config.model}-{config.pretrained}")
+        default = Path(f"eval_{weights}_{_name(config)}.json")
+    else:
+        default = path.with_name(f"eval_{_name(config)}.json")
     out = _claimed(config, default)
-    (checkpoint,) = _open(config, () if path is None else (path,))
+    _refuse_idle_model(config, [path])
+    checkpoint = _open(config, path)
+    ready = evaluation.prepare(checkpoint)
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "checkpoint": _facts(checkpoint),
@@ -71,7 +79,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "results": [],
     }
     print(_headline(checkpoint))
-    for found in evaluation.run(checkpoint):
+    for found in evaluation.run(checkpoint, ready):
         told = {
             "task": found.task,
             "data": found.data,
@@ -93,43 +101,49 @@ def compare_arms(config: EvalConfig) -> dict[str, Any]:
     """Measure two arms on the same pictures; print and write what may be said of them.
 
     Raises:
-        UserError: if an arm is not one recipe, or the arms saw different pictures.
+        UserError: if an arm is not one recipe, or the arms are to see different pictures; nothing
+            is measured before that is known.
     """
     from superclip.evaluation.tables import SCHEMA, difference_lines, differences_of
     from superclip.evaluation.tasks import (
         Evaluation,
+        refuse_unlike_data,
         seeds_of_one_recipe,
         share_initial_weights,
     )
     from superclip.ops.world import choose_device
 
-    path = _default_ckpt(config)
-    mine = config.ckpt or (() if path is None else (path,))
-    arms = [_open(config, mine), _open(config, config.against)]
+    assert config.against is not None
+    evaluation = Evaluation(config, choose_device(config.device))
+    mine = config.ckpt or (_default_ckpt(config),)
+    _refuse_idle_model(config, [*mine, *config.against])
+    arms = [[_header(config, path) for path in paths] for paths in (mine, config.against)]
     for arm, flag in zip(arms, ("--ckpt", "--against")):
         seeds_of_one_recipe(arm, flag)
         arm.sort(key=lambda c: -1 if c.config is None else c.config.seed)
     shas = [[c.sha256 for c in arm] for arm in arms]
     if set(shas[0]) & set(shas[1]):
         raise UserError("--ckpt and --against share a checkpoint; nothing to compare")
-    tag = hashlib.sha256(json.dumps([shas, _asked(config)]).encode()).hexdigest()[:8]
+    asked = _asked(config) | {"split": config.split}
+    tag = hashlib.sha256(json.dumps([shas, asked]).encode()).hexdigest()[:8]
     out = _claimed(config, arms[0][0].path.with_name(f"compare_{tag}.json"))
-    evaluation = Evaluation(config, choose_device(config.device))
-    results = [[_results(evaluation, c) for c in arm] for arm in arms]
-    if len({len(r) for arm in results for r in arm}) > 1:
-        raise UserError("the checkpoints bring different data; name it, or the --tasks, for all")
+    refuse_unlike_data([evaluation.prepare(c) for arm in arms for c in arm])
+    results = [[_measured(config, evaluation, c) for c in arm] for arm in arms]
     paired = share_initial_weights(*arms)
-    rows = differences_of(results[0], results[1], paired, config.effect, config.bootstrap)
-    for name, arm in zip(("first: ", "second:"), arms):
-        print(name, _headline(arm[0]), f"{len(arm)} checkpoint(s), seeds", *map(_seed, arm))
+    rows = differences_of(results[0], results[1], paired, config.effect or 2.0, config.bootstrap)
+    for name, arm in zip(("first", "second"), arms):
+        print(f"{name}: {_recipe(arm[0])}, {len(arm)} checkpoint(s)")
+        for checkpoint in arm:
+            print(f"  seed {_seed(checkpoint)}: {_file(checkpoint)}")
     seeds = "pictures" if len(arms[0]) == len(arms[1]) == 1 else "seeds and pictures"
     pairing = "pairs of equal seed and initial weights" if paired else "arms of unlike seeds"
     print(f"{pairing}; tested over {seeds}: {results[0][0][0].data['name']}\n")
     print(*difference_lines(rows), sep="\n")
     print(
         "\n80 % at: the true difference that this test finds in 80 % of cases; power(x): the "
-        "chance to find a true x.\np and intervals are of each row alone; Holm adjusts p for all "
-        "rows. descriptive: too few seeds for any seed-level test to reach p = .05."
+        "chance to find a true x; -: not to be told.\nintervals are of each row alone; Holm "
+        "adjusts p for all rows, and only what it leaves is called better or worse.\n"
+        "descriptive: too few seeds for any seed-level test to reach p = .05."
     )
     report = {
         "schema": SCHEMA,
@@ -152,28 +166,46 @@ def compare_arms(config: EvalConfig) -> dict[str, Any]:
     return report
 
 
-def _results(evaluation: Evaluation, checkpoint: Checkpoint) -> list[Result]:
-    print(f"measuring {checkpoint.path}", flush=True)
-    return list(evaluation.run(checkpoint))
+def _measured(config: EvalConfig, evaluation: Evaluation, header: Checkpoint) -> list[Result]:
+    print(f"measuring {header.path}", flush=True)
+    plain = header.config is None and config.pretrained is not None
+    checkpoint = _open(config, None if plain else header.path)
+    return list(evaluation.run(checkpoint, evaluation.prepare(checkpoint)))
 
 
 def _default_ckpt(config: EvalConfig) -> Path | None:
     """The file to look at; None for a published tag."""
     from superclip.model.weights import newest_checkpoint
 
-    if config.model is not None and not config.ckpt:
-        return None
-    return config.ckpt[0] if config.ckpt else newest_checkpoint(Path("logs"))
+    if config.ckpt:
+        return config.ckpt[0]
+    return None if config.pretrained is not None else newest_checkpoint(Path("logs"))
 
 
-def _open(config: EvalConfig, paths: Sequence[Path]) -> list[Checkpoint]:
-    from superclip.model.weights import load_checkpoint, load_plain
+def _open(config: EvalConfig, path: Path | None) -> Checkpoint:
+    from superclip.model.weights import load_plain, open_checkpoint
 
-    if not paths:
-        return [load_plain(str(config.model), config.pretrained)]
-    if config.model is not None and paths is not config.against:
-        return [load_plain(config.model, None, path) for path in paths]
-    return [load_checkpoint(path) for path in paths]
+    if path is None:
+        return load_plain(str(config.model), config.pretrained)
+    return open_checkpoint(path, config.model)
+
+
+def _header(config: EvalConfig, path: Path | None) -> Checkpoint:
+    """What is known of a checkpoint, its weights given up: twelve models need not fit at once."""
+    checkpoint = _open(config, path)
+    checkpoint.model.to("meta")
+    return checkpoint
+
+
+def _refuse_idle_model(config: EvalConfig, paths: Sequence[Path | None]) -> None:
+    """--model beside files that all say themselves what they are would mislead."""
+    from superclip.model.weights import brings_config
+
+    known = [p is not None and p.suffix != ".safetensors" and brings_config(p) for p in paths]
+    if config.model is not None and all(known):
+        raise UserError(
+            f"{paths[0]} brings its own configuration and preprocessing; leave --model out"
+        )
 
 
 def _asked(config: EvalConfig) -> dict[str, str]:
@@ -223,12 +255,17 @@ def _seed(checkpoint: Checkpoint) -> str:
 
 
 def _headline(checkpoint: Checkpoint) -> str:
+    return f"{_recipe(checkpoint)}, {_file(checkpoint)}"
+
+
+def _recipe(checkpoint: Checkpoint) -> str:
     told = _facts(checkpoint)
     recipe = f"{told['loss']} lr {told['lr']:g}, " if told["loss"] else ""
-    return (
-        f"{recipe}{told['model']} ({told['activation']}), {told['file']} epoch {told['epoch']}, "
-        f"sha256 {told['sha256'][:12]}"
-    )
+    return f"{recipe}{told['model']} ({told['activation']})"
+
+
+def _file(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.path} epoch {checkpoint.epoch}, sha256 {checkpoint.sha256[:12]}"
 
 
 if __name__ == "__main__":

@@ -77,9 +77,7 @@ def _one_line(text: str, known: Sequence[str]) -> str:
     if message.startswith("Missing from"):
         missing = re.findall(r"--[\w-]+|\{[\w,]+\}", message)
         return f"required: {', '.join(missing) or message}; see --help"
-    return (
-        re.sub(r"^Error parsing \w+: (?=--)", "", message) or "the flags can't be read; see --help"
-    )
+    return re.sub(r"^Error parsing \w+: ", "", message) or "the flags can't be read; see --help"
 
 
 def recipes() -> dict[str, Path]:

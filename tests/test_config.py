@@ -131,7 +131,8 @@ COMMANDS = {
     "superclip.evaluate": ["--protocol", "--pool"],
     "superclip.pack": ["coco", "scenes"],
     "interp.sweep": ["--kind", "--untrained", "--metric"],
-    "interp.ablate": ["--heads", "--sets"],
+    "interp.ablate": ["--units", "--sets", "--kinds"],
+    "interp.relevance": ["--methods", "--draws"],
     "interp.circuit": ["--faithfulness", "--kind", "--edges"],
     "interp.report": ["--challenger"],
 }

@@ -1,11 +1,14 @@
 """The command: one checkpoint, two arms, and what it refuses."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
+from PIL import Image
 
 from superclip.config import EvalConfig
 from superclip.errors import UserError
@@ -82,8 +85,10 @@ def test_arms_that_are_no_arms_are_refused(model, tiny_run):
     with pytest.raises(UserError, match="share a checkpoint"):
         compare_arms(asked(a, against=(a,)))
     other_data = model("e", data={**json_of(tiny_run)["data"], "data_seed": 7})
-    with pytest.raises(UserError, match="different data in retrieval"):
+    with pytest.raises(UserError, match="different data for retrieval; --data-seed N"):
         compare_arms(asked(a, against=(other_data,), tasks=("retrieval",)))
+    same = asked(a, against=(other_data,), tasks=("retrieval",), data_seed=3)
+    assert len(compare_arms(same)["differences"]) == 12
     with pytest.raises(UserError, match="one at a time"):
         evaluate(asked(a, b))
 
@@ -103,10 +108,19 @@ def test_a_checkpoint_without_a_text_tower_is_refused_in_one_line(tiny_run, tmp_
 
 @pytest.mark.parametrize(
     "part, value",
-    [("facts", {}), ("preprocess", {"size": 80}), ("model_config", [1]), ("epoch", 1)],
+    [
+        ("facts", {}),
+        ("preprocess", {"size": 80}),
+        ("model_config", [1]),
+        ("epoch", 1),
+        ("size", 64),
+    ],
 )
 def test_checkpoints_of_odd_shape_are_refused(part, value, model, tmp_path):
-    content = torch.load(model("odd"), weights_only=True) | {part: value}
+    content = torch.load(model("odd"), weights_only=True)
+    content |= (
+        {part: value} if part != "size" else {"preprocess": {**content["preprocess"], part: value}}
+    )
     torch.save(content, tmp_path / "odd.pt")
     if part == "epoch":  # nothing odd about it
         assert (
@@ -119,6 +133,48 @@ def test_checkpoints_of_odd_shape_are_refused(part, value, model, tmp_path):
         evaluate(asked(model("whole"), out=tmp_path, overwrite=True))
 
 
+def test_nothing_is_measured_before_everything_is_known(tiny_run, capsys):
+    """A wrong template is refused although retrieval comes first."""
+    ckpt = tiny_run / "final_epoch.pt"
+    with pytest.raises(UserError, match="--templates 'opnai' is no file"):
+        evaluate(asked(ckpt, zeroshot="scenes", templates="opnai"))
+    assert "R@1" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="name is empty"):
+        EvalConfig(ckpt=(Path(),))
+
+
+def test_idle_options_of_data_with_a_size_of_their_own(tiny_run, tmp_path):
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), {"a": "red", "b": "blue"}[name]).save(
+            tmp_path / "data" / name / "x.png"
+        )
+    only = {"tasks": ("zeroshot",), "zeroshot": str(tmp_path / "data")}
+    for option in ({"num": 2}, {"data_seed": 1}, {"split": "train"}):
+        with pytest.raises(UserError, match=f"--{next(iter(option)).replace('_', '-')}.*nothing"):
+            evaluate(EvalConfig(ckpt=(tiny_run / "final_epoch.pt",), **only, **option))
+    shutil.copytree(tmp_path / "data", tmp_path / "more")
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "more" / "a" / "y.png")
+    with pytest.raises(UserError, match=r"holds pictures of --probe .*a/x\.png"):
+        both = {"probe": str(tmp_path / "data"), "probe_test": str(tmp_path / "more")}
+        evaluate(asked(tiny_run / "final_epoch.pt", **both))
+    with pytest.raises(UserError, match="--probe-test is the same data"):
+        both = str(tmp_path / "data")
+        evaluate(asked(tiny_run / "final_epoch.pt", probe=both, probe_test=both))
+
+
+def test_plain_weights_on_either_side(model, tmp_path):
+    """An arm of another trainer's file, under --model; ours brings its own configuration."""
+    ours, other = model("ours"), model("other", noise=0.2)
+    state = torch.load(other, weights_only=True)["state_dict"]
+    torch.save(state, tmp_path / "plain.pt")
+    config = asked(
+        ours, against=(tmp_path / "plain.pt",), model="scenes-vit", data_seed=0, val_data="scenes"
+    )
+    report = compare_arms(dataclasses.replace(config, tasks=("retrieval",)))
+    assert report["first"][0]["loss"] == "superclip" and report["second"][0]["loss"] is None
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -129,6 +185,13 @@ def test_checkpoints_of_odd_shape_are_refused(part, value, model, tmp_path):
         ({"pretrained": "openai"}, "goes with --model"),
         ({"probe_test": "x"}, "--probe-test goes with --probe"),
         ({"effect": -1.0}, "--effect"),
+        ({"effect": 1.0}, "--effect goes with --against"),
+        ({"against": ()}, "--against is empty"),
+        ({"device": "meta"}, "can't compute"),
+        ({"tasks": ("zeroshot",), "pool": 20}, "--pool changes nothing for zeroshot"),
+        ({"tasks": ("compositional",), "protocol": "flickr"}, "--protocol changes nothing"),
+        ({"compositional": ("scenes:val", "more.json")}, "stands alone"),
+        ({"model": "ViT-B-32"}, "brings its own configuration and preprocessing"),
         ({"compositional": ("x.json",), "tasks": ("compositional",)}, "--images DIR"),
         ({"zeroshot": "no/such/folder"}, "no labelled data"),
         ({"protocol": "coco-5k"}, "5000 pictures"),

@@ -64,7 +64,7 @@ def test_sweep_of_boxes_on_photographs(trained, real_data, tmp_path):
     assert manifest["boxes"]["lost_to_crop"] > 0 and manifest["boxes"]["crowd"] > 0
     done = command(
         *("interp.ablate", "--ckpt", ckpt, "--results", str(out), *data),
-        *("--heads", "champion", "--sets", "0", "--draws", "99"),
+        *("--units", "champion", "--kinds", "mean", "--sets", "0", "--draws", "99"),
     )
     assert done.returncode == 0, done.stderr
     line = refused(

@@ -18,23 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from interp.causal.ablation import contrastive_margin
 from interp.causal.sweep import MAX_MEMORY, AblatedBatch, ablate_batch
 from interp.causal.units import Ablation, Images, Unit
 from interp.hooked import HookedVisionTransformer
 from superclip.errors import UserError, replace_text
-from superclip.evaluation import classification
-from superclip.ops.retrieval import ranks
 
-SCHEMA = 1
-PLACES = 1, 5, 10
-"""A retrieved answer hits at these places."""
+SCHEMA = 2
 
 Pictures = Callable[[Sequence[Sequence[int]]], Iterable[Images]]
 """For lists of image rows the normalised images, one batch a list."""
@@ -49,6 +43,7 @@ class BankKey:
         image_ids: public ids, in the order of rows.
         mean_over: for `mean`, ids of the images that the means are of. Their values, which depend
             on the machine in the last digits, are not compared.
+        patches: whether the means of the final patch tokens are kept too.
         donors: for `resample`, as `derangements` gives them.
     """
 
@@ -58,6 +53,7 @@ class BankKey:
     units: Sequence[Unit]
     mean_over: Sequence[str] | None = None
     donors: Int[np.ndarray, "draw image"] | None = None
+    patches: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -74,6 +70,7 @@ class BankKey:
             "mean_over_sha256": _sha256(mean_over),
             "draws": 1 if self.donors is None else len(self.donors),
             "donors_sha256": _sha256(donors),
+            "patches": self.patches,
             # Pairs, not a mapping: their order is that of the axis.
             "units": [[unit.name, [*map(str, unit.heads), *unit.mlps]] for unit in self.units],
         }
@@ -157,7 +154,11 @@ class AblationBank:
         return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
     def compute(
-        self, tower: HookedVisionTransformer, pictures: Pictures, max_memory: int = MAX_MEMORY
+        self,
+        tower: HookedVisionTransformer,
+        pictures: Pictures,
+        max_memory: int = MAX_MEMORY,
+        wrote: Callable[[], object] = bool,
     ) -> None:
         """Compute and write the missing parts; one that is written survives an interruption.
 
@@ -165,6 +166,7 @@ class AblationBank:
             tower: Of the checkpoint that the bank is of.
             pictures: Gives the images of the parts, and of their donors; as it likes, ahead of
                 time.
+            wrote: Called after each part.
 
         Raises:
             UserError: As `ablate_batch`, or a feature is not finite.
@@ -179,25 +181,35 @@ class AblationBank:
         for images, *given in zip(pictures(rows), *others, strict=True):
             number = self.missing[0]
             assert len(images) == len(self._chunks[number]), "pictures gave another batch"
-            found = ablate_batch(tower, images, key.ablation, key.units, given, max_memory)
-            self._write(number, found)
+            found = ablate_batch(
+                tower, images, key.ablation, key.units, given, max_memory, patches=key.patches
+            )
+            self._write(number, found, tower.cfg.embed_dim)
             del self.missing[0]
+            wrote()
 
-    def read(self, unit: str | None = None, draw: int = 0) -> Float[Tensor, "image embed"]:
+    def read(
+        self, unit: str | None = None, draw: int = 0, what: str = "features"
+    ) -> Float[Tensor, "image value"]:
         """Features of all images without the unit, or intact (None); float32, not normalised.
 
+        Args:
+            what: `features`, or `patches` for the means of the patch tokens.
+
         Raises:
-            UserError: The bank is not complete, or has no such unit or draw.
+            UserError: The bank is not complete, or has no such unit or draw, or no patches.
         """
         self._check_complete()
+        if what == "patches" and not self.facts["patches"]:
+            raise UserError(f"{self.folder} holds no patch means; compute it anew with them")
         if unit is None:
-            return torch.cat([file.get_tensor("intact") for file in self._files()])
+            return torch.cat([file.get_tensor(what) for file in self._files()])
         if unit not in self.units or not 0 <= draw < self.facts["draws"]:
             raise UserError(f"{self.folder} holds no unit {unit!r} in a draw {draw}")
         number, features = self.units.index(unit), []
         for file in self._files():
-            intact = file.get_tensor("intact")
-            change = file.get_slice("change")[draw : draw + 1, number : number + 1][0, 0]
+            intact = file.get_tensor(what)
+            change = file.get_slice(f"{what} change")[draw : draw + 1, number : number + 1][0, 0]
             features.append(intact + _norm(intact) * change.float())
         return torch.cat(features)
 
@@ -249,14 +261,17 @@ class AblationBank:
             return False
         return True
 
-    def _write(self, number: int, found: AblatedBatch) -> None:
-        intact = found.intact.float()
-        change = ((found.features.float() - intact) / _norm(intact)).half()
-        if not (intact.isfinite().all() and change.isfinite().all()):
+    def _write(self, number: int, found: AblatedBatch, embed: int) -> None:
+        tensors = {"removed": found.removed.float()}
+        for what, part in (("features", slice(embed)), ("patches", slice(embed, None))):
+            intact = found.intact[:, part].float()
+            if intact.shape[1]:
+                change = found.features[..., part].float() - intact
+                tensors |= {what: intact, f"{what} change": (change / _norm(intact)).half()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise UserError(
                 f"{self._path(number)}: features are not finite; the model has diverged"
             )
-        tensors = {"intact": intact, "change": change, "removed": found.removed.float()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         path = self._path(number)
         part = path.with_name(f".{path.name}.partial")
@@ -265,77 +280,6 @@ class AblationBank:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Effects:
-    """What images score intact and without each unit.
-
-    Attributes:
-        units: names, in the order of the axis.
-        intact, ablated: by measure; `ablated[m] - intact[m]` is the effect. Averaged over draws.
-            `margin`: mean cosine with own captions less that with the most similar wrong one.
-            `i2t@k`: 1 where an own caption is among the k most similar. `t2i@k`: share of the
-            image's captions that have it among their k most similar images. `zero-shot`: 1 where
-            the right class is the most similar. Ties are misses.
-        captions: of every image; weights that turn `t2i@k` into recall over captions.
-        removed: norm of what the removal takes from the stream.
-    """
-
-    units: list[str]
-    intact: dict[str, Float[np.ndarray, " image"]]
-    ablated: dict[str, Float[np.ndarray, "unit image"]]
-    captions: Int[np.ndarray, " image"]
-    removed: Float[np.ndarray, "unit image"]
-
-
-@torch.no_grad()
-def effects(
-    bank: AblationBank,
-    text_features: Float[Tensor, "caption embed"],
-    owner: Int[Tensor, " caption"],
-    class_vectors: Float[Tensor, "class embed"] | None = None,
-    labels: Int[np.ndarray, " image"] | None = None,
-) -> Effects:
-    """Every measure of every unit, image by image, on the device of the texts.
-
-    Args:
-        text_features: Any scale.
-        owner: The row of the image that each caption describes.
-        class_vectors, labels: Zero-shot classifier, any scale, and each image's class; both or
-            neither.
-
-    Raises:
-        UserError: The bank is not complete, or an image has no caption, or all of them.
-    """
-    assert (class_vectors is None) == (labels is None)
-    texts, device = F.normalize(text_features.float(), dim=-1), text_features.device
-    pairs = torch.stack([owner, torch.arange(len(owner), device=device)], 1)
-
-    def measure(unit: str | None, draw: int = 0) -> dict[str, np.ndarray]:
-        images = F.normalize(bank.read(unit, draw).to(device), dim=-1)
-        found = {"margin": contrastive_margin(images, texts, owner)}  # checks the owners
-        captions = torch.bincount(owner)
-        to_text, to_image = ranks(images, texts, pairs)
-        for k in PLACES:
-            hits = torch.zeros(len(images), device=device)
-            found[f"i2t@{k}"] = (to_text.rank < k).float()
-            found[f"t2i@{k}"] = hits.index_add(0, owner, (to_image.rank < k).float()) / captions
-        measures = {name: values.double().cpu().numpy() for name, values in found.items()}
-        if class_vectors is not None and labels is not None:
-            scores = images @ F.normalize(class_vectors.float(), dim=-1).T
-            right = classification.ranks(scores.cpu().numpy(), labels) == 0
-            measures["zero-shot"] = right.astype(float)
-        return measures
-
-    intact, draws = measure(None), range(bank.facts["draws"])
-    ablated = {name: np.zeros((len(bank.units), len(values))) for name, values in intact.items()}
-    for number, unit in enumerate(bank.units):
-        for draw in draws:
-            for name, values in measure(unit, draw).items():
-                ablated[name][number] += values / len(draws)
-    captions, removed = torch.bincount(owner).cpu().numpy(), bank.removed.double().numpy()
-    return Effects(bank.units, intact, ablated, captions, removed)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

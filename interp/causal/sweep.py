@@ -53,14 +53,16 @@ class AblatedBatch(NamedTuple):
 
     Attributes:
         intact: without any ablation.
-        features: of every unit; `draw` is 1 but for resampling.
+        features: of every unit; `draw` is 1 but for resampling. With `patches`, behind the `embed`
+            of both stands the mean of the final patch tokens (normalised), which SuperCLIP's token
+            head reads.
         removed: norm of what the removal takes from the stream of the class token, in all layers
             together; mean over draws. Where patches are pooled and all tokens are ablated, the root
             mean square over patches.
     """
 
-    intact: Float[Tensor, "image embed"]
-    features: Float[Tensor, "draw unit image embed"]
+    intact: Float[Tensor, "image value"]
+    features: Float[Tensor, "draw unit image value"]
     removed: Float[Tensor, "unit image"]
 
 
@@ -94,6 +96,7 @@ def ablated_embeddings(
     donors: Sequence[Iterable[Images]] = (),
     max_memory: int = MAX_MEMORY,
     watch: Watch | None = None,
+    patches: bool = False,
 ) -> AblatedBatch:
     """`ablate_batch` for one batch after another, joined; 4 bytes x draws x units x images x embed
     on the CPU (`AblationBank` keeps as much on disk, in half of that).
@@ -105,7 +108,7 @@ def ablated_embeddings(
         UserError: As `ablate_batch`, or there are no images.
     """
     found = [
-        ablate_batch(tower, images, ablation, units, others, max_memory, watch)
+        ablate_batch(tower, images, ablation, units, others, max_memory, watch, patches)
         for images, *others in zip(batches, *donors, strict=True)
     ]
     if not found:
@@ -122,6 +125,7 @@ def ablate_batch(
     donors: Sequence[Images] = (),
     max_memory: int = MAX_MEMORY,
     watch: Watch | None = None,
+    patches: bool = False,
 ) -> AblatedBatch:
     """Features of a batch of normalised images without each of the units.
 
@@ -133,12 +137,14 @@ def ablate_batch(
         max_memory: Bytes of activations beside weights and result; images and units go in as large
             pieces as it allows.
         watch: Is shown the class token's attention in the layers after each unit's first.
+        patches: Compute the mean of the final patch tokens as well, for which the last block can
+            leave out none of them.
 
     Raises:
         UserError: A head, MLP or option does not exist, means or donors are missing, unused or of
             another shape, hooks are on the tower, or the memory is too small for one image.
     """
-    plan = _Plan(tower, ablation, units)
+    plan = _Plan(tower, ablation, units, patches)
     plan.check(images, donors)
     size = plan.images_at_once(max_memory)
     parts = []
@@ -157,11 +163,16 @@ class _Plan:
     """What a sweep needs of every image, and how much memory that takes."""
 
     def __init__(
-        self, tower: HookedVisionTransformer, ablation: Ablation, units: Sequence[Unit]
+        self,
+        tower: HookedVisionTransformer,
+        ablation: Ablation,
+        units: Sequence[Unit],
+        patches: bool,
     ) -> None:
         self.tower, self.ablation, self.units, self.cfg = tower, ablation, units, tower.cfg
-        self.at, self.read = ablated_tokens(self.cfg, ablation.tokens), read_tokens(self.cfg)
-        self.everywhere = range(self.cfg.n_ctx)
+        self.at, self.pooled = ablated_tokens(self.cfg, ablation.tokens), read_tokens(self.cfg)
+        self.everywhere, self.patches = range(self.cfg.n_ctx), patches
+        self.read = self.everywhere if patches else self.pooled
 
     @property
     def starts(self) -> dict[int, list[int]]:
@@ -183,6 +194,8 @@ class _Plan:
     def sites(self) -> list[str]:
         """What the intact pass records."""
         names = [f"blocks.{layer}.hook_resid_mid" for layer in self.starts]
+        if self.patches:
+            names.append(f"blocks.{self.cfg.n_layers - 1}.hook_resid_post")
         if len(self.at) < self.cfg.n_ctx:
             names += [f"blocks.{layer}.hook_resid_post" for layer in self.starts]
         return names + self.outputs
@@ -250,6 +263,9 @@ def _ablate(
 ) -> AblatedBatch:
     """The images of a chunk that fits the memory."""
     intact, cache = plan.tower.run_with_cache(images[chunk], names_filter=plan.sites)
+    if plan.patches:
+        stream = cache[f"blocks.{plan.cfg.n_layers - 1}.hook_resid_post"]
+        intact = torch.cat([intact, _patch_means(plan, stream)], -1)
     draws, size = max(1, len(donors)), plan.units_at_once(len(intact), max_memory)
     # On the CPU: a GPU may not hold it beside the activations.
     features = torch.empty(draws, len(plan.units), *intact.shape, dtype=intact.dtype)
@@ -355,10 +371,13 @@ class _Sweep:
         x = self._add_mlp(x, units, first, tokens)
         for layer in range(first + 1, self.last + 1):
             x = self._block(x, units, layer, patches if layer == first + 1 else None, show)
+        if first == self.last and self.plan.patches and len(tokens) < len(self.everywhere):
+            final = self.cache[f"blocks.{first}.hook_resid_post"]
+            x = _beside(x, final[:, tokens.stop :])  # the last layer's patches see no class token
         return self._project(x)
 
     def removed(self, unit: Unit) -> Float[Tensor, " image"]:
-        tokens = overlap(self.at, self.read) or self.at
+        tokens = overlap(self.at, self.plan.pooled) or self.at
         lost = torch.zeros((), dtype=wide(self.intact.dtype), device=self.intact.device)
         for layer in unit.layers:
             if unit.heads_of(layer):
@@ -458,15 +477,24 @@ class _Sweep:
         rows = class_rows(q.expand_as(k).flatten(0, 1), k.flatten(0, 1))
         show(rows.unflatten(0, x.shape[:2]), layer)
 
-    def _project(self, x: Kept) -> Float[Tensor, "unit image embed"]:
+    def _project(self, x: Kept) -> Float[Tensor, "unit image value"]:
         """As the tower, from the tokens that it pools: of one token the mean is itself."""
-        visual = self.plan.tower.visual
+        visual, plan = self.plan.tower.visual, self.plan
+        pooled = x[:, :, within(plan.pooled, plan.read)]
         if not visual.final_ln_after_pool:
-            x = visual.ln_post(x)
-        pooled = x.mean(dim=-2)
+            pooled = visual.ln_post(pooled)
+        pooled = pooled.mean(dim=-2)
         if visual.final_ln_after_pool:
             pooled = visual.ln_post(pooled)
-        return pooled if visual.proj is None else pooled @ visual.proj
+        features = pooled if visual.proj is None else pooled @ visual.proj
+        return torch.cat([features, _patch_means(plan, x)], -1) if plan.patches else features
+
+
+def _patch_means(
+    plan: _Plan, x: Float[Tensor, "*images token d_model"]
+) -> Float[Tensor, "*images d_model"]:
+    """Mean of the normalised patch tokens of a whole final stream."""
+    return plan.tower.visual.ln_post(x[..., plan.cfg.prefix_tokens :, :]).mean(dim=-2)
 
 
 def _beside(

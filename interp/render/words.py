@@ -237,25 +237,7 @@ def _stability(findings: Findings) -> str:
 
 def removal(ablation: dict[str, Any]) -> list[str]:
     """What removing the champion did, one sentence a kind of ablation."""
-    sentences = []
-    ranks = ablation["champion_rank"] or {}
-    for row in ablation["heads"]:
-        if row["role"] != "champion":
-            continue
-        effect = {
-            -1: "costs",
-            0: "is not shown to change",
-            1: "raises",
-        }[sign(row["margin"])]
-        rank = ranks.get(row["kind"])
-        place = f" It ranks {rank['rank']} of {rank['of']} by harm." if rank else ""
-        sentences.append(
-            f"{row['kind'].capitalize()} ablation of {row['head']} {effect} contrastive margin: "
-            f"{span(row['margin'], 4)}, p = {p_value(row['margin_p'])} "
-            f"(adjusted {p_value(row['margin_p_adjusted'])}), n = {count(row['margin']['n'])}; "
-            f"R@1 {span(row['recall_at_1'], 4)}.{place}"
-        )
-    return sentences
+    return [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in ablation["sentences"]]
 
 
 def limits(
@@ -273,7 +255,7 @@ def limits(
     ]
     if ablation is None:
         found.append("Whether the model needs the champion: no ablation stands beside the sweep.")
-    elif not any(r["role"] == "champion" and sign(r["margin"]) < 0 for r in ablation["heads"]):
+    elif not any(r["role"] == "champion" and sign(r["margin"]) < 0 for r in ablation["units"]):
         found.append(
             "That the model needs the champion: no ablation of it has an interval of harm."
         )

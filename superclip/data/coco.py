@@ -295,6 +295,10 @@ def load_annotations(path: Path, kind: str, fields: Iterable[str]) -> tuple[dict
                 if not isinstance(entry[field], int | str):
                     what = f"has {entry[field]!r:.40} for {field}, not a number or a text"
                     _not_coco(path, kind, name, place, what)
+    ids = [category["id"] for category in held["categories"]] if "categories" in needed else []
+    if len(set(ids)) < len(ids):
+        place = next(k for k, key in enumerate(ids) if key in ids[:k])
+        _not_coco(path, kind, "categories", place, f"repeats the id {ids[place]}")
     return held, hashlib.sha256(text).hexdigest()
 
 

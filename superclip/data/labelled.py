@@ -368,14 +368,12 @@ def _coco(rest: str, held_out: bool) -> LabelledSource:
 
 def _scenes(spec: str, num: int | None, seed: int, held_out: bool) -> LabelledSource:
     """Scenes of one object; prompts name it in every colour."""
-    from superclip.data.scenes import CATEGORIES, Scenes, category_prompts
+    from superclip.data.scenes import CATEGORIES, Scenes, category_templates
 
     source = open_source(spec, num or SCENES_HELD_OUT, seed, held_out)
     assert isinstance(source, Scenes)
     names = list(CATEGORIES)
     seen = [source.scene(row).objects for row in range(source.num_images)]
     labels = [names.index(things[0].category) if len(things) == 1 else -1 for things in seen]
-    # What is said of the first category is said of all.
-    templates = [prompt.removesuffix(names[0]) + "{}" for prompt in category_prompts()[0]]
     name = f"scenes:{source.split}"
-    return LabelledSource(name, source, np.array(labels), names, names, templates)
+    return LabelledSource(name, source, np.array(labels), names, names, category_templates())

@@ -238,6 +238,12 @@ def category_prompts() -> list[list[str]]:
     return [[_phrase(colour, category) for colour in COLOURS] for category in CATEGORIES]
 
 
+def category_templates() -> list[str]:
+    """The same prompts with the slot `{}` for the category: what is said of one is said of all."""
+    first = next(iter(CATEGORIES))
+    return [prompt.removesuffix(first) + "{}" for prompt in category_prompts()[0]]
+
+
 def caption_vocabulary() -> frozenset[str]:
     """Every word that a caption can contain."""
     grounds = [ground.phrase for ground in BACKGROUNDS.values()]

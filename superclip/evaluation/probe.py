@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from superclip.data.coco import hash_split
+from superclip.data.geometry import BadPicture
 from superclip.data.labelled import LabelledSource
 from superclip.errors import UserError
 from superclip.evaluation.cache import Kept, cached
@@ -100,7 +101,7 @@ def probe(
         seen, held = whole.part(chosen), whole.part(~chosen)
         split = f"{SHARES['train']:.0%} of the pictures train, by the sha256 of '{SALT}:KEY'"
     else:
-        _refuse_unlike(train, test)
+        refuse_unlike(train, test)
         seen, held = look(train), look(test)
         split = "test pictures of their own"
     keep = _tellable(seen, held, train)
@@ -131,7 +132,9 @@ def probe(
     return Result("probe", data, measures, notes)
 
 
-def _refuse_unlike(train: LabelledSource, test: LabelledSource) -> None:
+def refuse_unlike(train: LabelledSource, test: LabelledSource) -> None:
+    """Raises UserError where the parts share pictures (of one key: compared byte by byte), or have
+    other classes."""
     if train.digest == test.digest:
         raise UserError(f"--probe-test is the same data as --probe ({train.name})")
     if train.several != test.several or train.classes != test.classes:
@@ -140,6 +143,20 @@ def _refuse_unlike(train: LabelledSource, test: LabelledSource) -> None:
             f"--probe-test has other classes than --probe (first: {odd[0] if odd else 'order'}); "
             "both parts need the same class folders"
         )
+    row_of = {key: row for row, key in enumerate(train.source.keys)}
+    for row, key in enumerate(test.source.keys):
+        if key in row_of and _same_picture(train, row_of[key], test, row):
+            raise UserError(
+                f"--probe-test holds pictures of --probe (first: {key}); a test on them tells "
+                "nothing, take them out of one"
+            )
+
+
+def _same_picture(train: LabelledSource, a: int, test: LabelledSource, b: int) -> bool:
+    try:
+        return train.source.read(a).picture == test.source.read(b).picture
+    except BadPicture:  # listed as missing when it is encoded
+        return False
 
 
 def _look(

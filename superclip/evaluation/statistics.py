@@ -59,7 +59,9 @@ def redrawn(
 
 
 def intervals(measures: Sequence[Measure], draws: int, seed: int = 0) -> list[Interval]:
-    """Percentile intervals over pictures."""
+    """Percentile intervals over pictures; where all queries hit, or all miss, no draw differs from
+    another, and the interval is the exact one of Clopper and Pearson (1934) for that many pictures.
+    """
     edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     found: dict[int, Interval] = {}
     for pictures in {m.statistic.pictures for m in measures}:  # folds may use fewer than all
@@ -67,7 +69,11 @@ def intervals(measures: Sequence[Measure], draws: int, seed: int = 0) -> list[In
         drawn = redrawn([measures[k] for k in places], draws, seed)
         for k, row in zip(places, drawn):
             low, high = np.nanquantile(row, edges)
-            found[k] = Interval(measures[k].statistic.value, float(low), float(high))
+            value = measures[k].statistic.value
+            if measures[k].hits and value in (0, 1):
+                least = edges[0] ** (1 / pictures)
+                low, high = (least, 1) if value else (0, 1 - least)
+            found[k] = Interval(value, float(low), float(high))
     return [found[k] for k in range(len(measures))]
 
 
@@ -81,9 +87,10 @@ class Difference:
         p: two-sided. test: how it was found.
         seeds: models of each arm. paired: whether they share seeds and initial weights.
         power: chance that this test finds a true difference of `effect`. detectable: the true
-            difference that it finds in 80 % of cases. (Power at the observed difference would
-            repeat the p-value: Hoenig and Heisey 2001.)
-        verdict: what may be said.
+            difference that it finds in 80 % of cases. None where no draw differs from another, so
+            that nothing is known of the spread; `detectable` also where no difference is that sure.
+            (Power at the observed difference would repeat the p-value: Hoenig and Heisey 2001.)
+        verdict: what may be said of this row alone.
     """
 
     name: str
@@ -97,8 +104,8 @@ class Difference:
     seeds: tuple[int, int]
     paired: bool
     effect: float
-    power: float
-    detectable: float
+    power: float | None
+    detectable: float | None
     verdict: str
 
 
@@ -110,36 +117,77 @@ def compare(
     draws: int,
     seed: int = 0,
 ) -> Difference:
-    """Two arms on the same pictures: one measure of each of their models.
+    """`comparisons` of a single measure."""
+    rows = comparisons([[m] for m in first], [[m] for m in second], paired, [effect], draws, seed)
+    return rows[0]
+
+
+def comparisons(
+    first: Sequence[Sequence[Measure]],
+    second: Sequence[Sequence[Measure]],
+    paired: bool,
+    effects: Sequence[float],
+    draws: int,
+    seed: int = 0,
+) -> list[Difference]:
+    """Two arms on the same pictures: the same measures of each of their models.
 
     One model each: percentile interval of the paired bootstrap over pictures; p from McNemar's
     exact test by picture where the values are hits, else from the bootstrap. Several: the variance
     of the mean difference has a part from seeds, one from pictures, and one from both that each of
     the two holds once (two-way clustering: Cameron, Gelbach and Miller 2011), and Student's t with
-    Satterthwaite's degrees of freedom.
+    Satterthwaite's degrees of freedom. An arm of a single model against one of several is taken to
+    vary from seed to seed as much as the other.
 
     Args:
+        first, second: for each model of the arm, its measures.
         paired: model k of both arms had the same seed and initial weights.
-        effect: difference for which the power is stated, in the unit of the measure.
+        effects: of each measure the difference for which the power is stated, in its unit.
     """
+    columns = list(zip(*first, *second, strict=True))
+    found: dict[int, Difference] = {}
+    for pictures in {column[0].statistic.pictures for column in columns}:
+        places = [k for k, c in enumerate(columns) if c[0].statistic.pictures == pictures]
+        drawn = redrawn([m for k in places for m in columns[k]], draws, seed)
+        for k, rows in zip(places, np.split(drawn, len(places))):
+            arms = columns[k][: len(first)], columns[k][len(first) :]
+            found[k] = _compare(*arms, rows[: len(first)], rows[len(first) :], paired, effects[k])
+    return [found[k] for k in range(len(columns))]
+
+
+def _compare(
+    first: Sequence[Measure],
+    second: Sequence[Measure],
+    a: np.ndarray,
+    b: np.ndarray,
+    paired: bool,
+    effect: float,
+) -> Difference:
+    """One measure; `a` and `b` are its values in the draws, `[model, draw]`."""
     arms = [np.array([m.statistic.value for m in arm]) for arm in (first, second)]
     value = float(arms[0].mean() - arms[1].mean())
-    a, b = redrawn(first, draws, seed), redrawn(second, draws, seed)
-    if len(first) == len(second) == 1:
-        drawn = a[0] - b[0]
+    single, drawn = len(first) == len(second) == 1, a[0] - b[0]
+    sure = least = None
+    if single:
         low, high = map(float, np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         error, freedom = float(np.nanstd(drawn)), math.inf
-        if first[0].hits:
-            p, test = mcnemar_by_picture(_gains(first[0], second[0])), "McNemar by picture"
-        else:
-            below, above = (drawn <= 0).sum(), (drawn >= 0).sum()
-            p = min(1.0, 2 * (1 + float(min(below, above))) / (1 + len(drawn)))
-            test = "paired bootstrap"
     else:
         error, freedom = _two_way_error(arms, a, b, paired)
         half = _quantile(freedom) * error
         low, high = value - half, value + half
+    if single and first[0].hits:
+        gains = _gains(first[0], second[0])
+        p, test = mcnemar_by_picture(gains), "McNemar by picture"
+        queries = first[0].statistic.queries
+        sure, least = mcnemar_power(effect, gains, queries), mcnemar_detectable(gains, queries)
+    elif single:
+        below, above = (drawn <= 0).sum(), (drawn >= 0).sum()
+        p = min(1.0, 2 * (1 + float(min(below, above))) / (1 + len(drawn)))
+        test = "paired bootstrap"
+    else:
         p, test = _two_sided(value, error, freedom), "t over seeds and pictures"
+    if error > 0 and sure is None:
+        sure, least = power(effect, error, freedom), detectable(error, freedom)
     return Difference(
         name=first[0].name,
         first=float(arms[0].mean()),
@@ -152,8 +200,8 @@ def compare(
         seeds=(len(first), len(second)),
         paired=paired,
         effect=effect,
-        power=power(effect, error, freedom),
-        detectable=detectable(error, freedom),
+        power=sure,
+        detectable=least,
         verdict=_verdict(low, high, p, first[0].higher_is_better, len(first), len(second), paired),
     )
 
@@ -190,6 +238,46 @@ def mcnemar_by_picture(gains: Float[np.ndarray, " n"]) -> float:
     return float(min(1.0, null[middle + seen :].sum() + null[: middle - seen + 1].sum()))
 
 
+def mcnemar_power(effect: float, gains: Float[np.ndarray, " n"], queries: int) -> float:
+    """Chance that `mcnemar_by_picture` gives p <= .05 where the true difference is `effect`.
+
+    Exact for one query a picture: the number of pictures on which the models disagree is binomial,
+    with the observed rate (one added, so that it is never 0; raised where the effect needs more),
+    and so is the number of those that go one way. Gains of several queries count as so many of one
+    size: as many as have the same sum of sizes and of squares.
+
+    >>> round(mcnemar_power(0.1, np.repeat([1.0, -1.0, 0.0], [15, 5, 80]), 100), 2)
+    0.53
+    """
+    from scipy.stats import binom
+
+    sizes, n = np.abs(gains), len(gains)
+    unit = (sizes**2).sum() / sizes.sum() if sizes.any() else 1.0
+    rate = min(1.0, (sizes.sum() / unit + 1) / (n + 2))
+    shift = min(1.0, abs(effect) * queries / (n * unit))
+    rate = max(rate, shift)
+    d = np.arange(n + 1)
+    # The most that the rarer side may have: twice its tail is at most .05.
+    worst = binom.ppf((1 - LEVEL) / 2, d, 0.5)
+    worst -= 2 * binom.cdf(worst, d, 0.5) > 1 - LEVEL
+    share = (rate + shift) / (2 * rate)
+    rejects = binom.cdf(worst, d, share) + binom.sf(d - worst - 1, d, share)
+    return float(binom.pmf(d, n, rate) @ np.where(worst < 0, 0.0, rejects))
+
+
+def mcnemar_detectable(
+    gains: Float[np.ndarray, " n"], queries: int, wanted: float = 0.8
+) -> float | None:
+    """The true difference that the test finds with chance `wanted`; None if even the largest is
+    not."""
+    from scipy.optimize import brentq
+
+    if mcnemar_power(1.0, gains, queries) < wanted:
+        return None
+    found: Any = brentq(lambda x: mcnemar_power(x, gains, queries) - wanted, 0.0, 1.0, xtol=1e-5)
+    return float(found)
+
+
 def _two_way_error(
     arms: Sequence[np.ndarray], a: np.ndarray, b: np.ndarray, paired: bool
 ) -> tuple[float, float]:
@@ -202,13 +290,17 @@ def _two_way_error(
     over_seeds, both, terms = 0.0, 0.0, 0.0
     for values, drawn in groups:
         k = len(values)
-        if k > 1:
-            part = float(values.var(ddof=1)) / k
-            over_seeds += part
-            terms += part**2 / (k - 1)
-            both += float(np.nanvar(drawn - drawn.mean(0), axis=1).sum()) / (k * (k - 1))
+        if k == 1:  # beside an arm of several, whose spread over seeds stands for its own
+            values, drawn = max(groups, key=lambda group: len(group[0]))
+        m = len(values)
+        part = float(values.var(ddof=1)) / k
+        over_seeds += part
+        terms += part**2 / (m - 1)
+        both += float(np.nanvar(drawn - drawn.mean(0), axis=1).sum()) / (k * (m - 1))
     # The part from pictures has as many degrees of freedom as pictures: infinite beside the seeds.
     variance = over_seeds + max(over_pictures - both, 0.0)
+    if min(map(len, arms)) == 1:  # one spread serves both arms
+        terms = over_seeds**2 / (max(map(len, arms)) - 1)
     return math.sqrt(variance), variance**2 / terms if terms else math.inf
 
 

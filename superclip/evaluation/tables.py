@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from superclip.errors import UserError
 from superclip.evaluation.measures import Measure, Result
-from superclip.evaluation.statistics import Interval, compare, intervals
+from superclip.evaluation.statistics import LEVEL, Interval, comparisons, intervals
 
 SCHEMA = 2
+DIFFERENT = re.compile("(this checkpoint is )?(better|worse)")
 
 
 def rows_of(result: Result, draws: int) -> list[dict[str, Any]]:
@@ -60,16 +62,16 @@ def differences_of(
                     f"{told.get('name')}: the checkpoints saw different data in {results[0].task} "
                     f"({', '.join(keys)} differ); name one set for all with --val-data"
                 )
-        for measures in zip(*(r.measures for r in results), strict=True):
-            scale = 100 if measures[0].percent else 1
-            found = compare(
-                measures[: len(first)], measures[len(first) :], paired, effect / scale, draws
-            )
-            row = {"task": results[0].task, "percent": measures[0].percent, **asdict(found)}
-            rows.append(row)
+        measures = [r.measures for r in results]
+        effects = [effect / (100 if m.percent else 1) for m in measures[0]]
+        arms = measures[: len(first)], measures[len(first) :]
+        for measure, found in zip(measures[0], comparisons(*arms, paired, effects, draws)):
+            rows.append({"task": results[0].task, "percent": measure.percent, **asdict(found)})
     adjusted: Any = multipletests([row["p"] for row in rows], method="holm")[1]
     for row, p in zip(rows, adjusted):
         row["p_holm"] = float(p)
+        if p > 1 - LEVEL and DIFFERENT.search(row["verdict"]):
+            row["verdict"] = DIFFERENT.sub("not after Holm", row["verdict"])
     return rows
 
 
@@ -82,19 +84,17 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     """One task of a report."""
     data = result["data"]
     told = [f"{data['name']}"] + [str(data[k]) for k in ("split", "protocol") if k in data]
-    lines = [
-        f"{result['task']}: {', '.join(told)}",
-        f"  {'measure':<34}{'value':>8}  {'95 % interval':<18}{'chance':>8}{'queries':>9}"
-        f"{'pictures':>10}{'pool':>7}",
-    ]
+    lines = [f"{result['task']}: {', '.join(told)}"]
+    heads = ["measure", "value", "95 % interval", "chance", "queries", "pictures", "pool"]
+    cells = []
     for row in result["rows"]:
-        scale = 100 if row["percent"] else 1
-        interval = f"[{row['low'] * scale:.1f}, {row['high'] * scale:.1f}]"
-        lines.append(
-            f"  {row['measure']:<34}{row['value'] * scale:>8.1f}  {interval:<18}"
-            f"{row['chance'] * scale:>8.1f}{row['queries']:>9}{row['pictures']:>10}"
-            f"{row['candidates'] or '':>7}"
+        value, low, high, chance = (
+            f"{row[k] * (100 if row['percent'] else 1):.1f}"
+            for k in ("value", "low", "high", "chance")
         )
+        sizes = row["queries"], row["pictures"], row["candidates"] or ""
+        cells.append([row["measure"], value, f"[{low}, {high}]", chance, *map(str, sizes)])
+    lines += [f"  {line}" for line in aligned([heads, *cells], "<><>>>>")]
     lost = data["missing"]
     for missing in lost.values() if result["task"] == "probe" else [lost]:
         if missing:
@@ -131,22 +131,39 @@ def note_lines(notes: dict[str, Any]) -> list[str]:
 
 
 def difference_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The comparison as a table."""
+    """The comparison as a table, and which test stands behind which p."""
     effect = rows[0]["effect"] * (100 if rows[0]["percent"] else 1)
-    power = f"power({effect:g})"
-    lines = [
-        f"{'task':<15}{'measure':<34}{'first':>7}{'second':>8}{'diff':>7}  {'95 % interval':<17}"
-        f"{'p':>7}{'Holm':>7}{'80 % at':>9}{power:>10}  verdict"
-    ]
+    tests = list(dict.fromkeys(row["test"] for row in rows))
+    heads = ["task", "measure", "first", "second", "diff", "95 % interval", "p", "Holm"]
+    table = [[*heads, "80 % at", f"power({effect:g})", "verdict"]]
     for row in rows:
         s = 100 if row["percent"] else 1
-        interval = f"[{row['low'] * s:+.1f}, {row['high'] * s:+.1f}]"
-        lines.append(
-            f"{row['task']:<15}{row['name']:<34}{row['first'] * s:>7.1f}{row['second'] * s:>8.1f}"
-            f"{row['value'] * s:>+7.1f}  {interval:<17}{_p(row['p']):>7}{_p(row['p_holm']):>7}"
-            f"{row['detectable'] * s:>9.1f}{row['power']:>10.2f}  {row['verdict']}"
+        at, sure = row["detectable"], row["power"]
+        mark = chr(ord("a") + tests.index(row["test"])) if len(tests) > 1 else ""
+        table.append(
+            [
+                row["task"],
+                row["name"],
+                *(f"{row[k] * s:.1f}" for k in ("first", "second")),
+                f"{row['value'] * s:+.1f}",
+                f"[{row['low'] * s:+.1f}, {row['high'] * s:+.1f}]",
+                _p(row["p"]) + mark,
+                _p(row["p_holm"]),
+                "-" if at is None else f"{at * s:.1f}",
+                "-" if sure is None else f"{sure:.2f}",
+                row["verdict"],
+            ]
         )
-    return lines
+    marks = [f"{chr(ord('a') + k)}: {test}" for k, test in enumerate(tests)]
+    said = f"p: {tests[0]}" if len(tests) == 1 else f"p: {', '.join(marks)}"
+    return [*aligned(table, "<<>>><>>>><"), said]
+
+
+def aligned(table: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Columns as wide as their widest cell, two blanks apart; `sides` has < or > for each."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    spec = list(zip(sides, widths, strict=True))
+    return ["  ".join(f"{c:{s}{w}}" for c, (s, w) in zip(row, spec)).rstrip() for row in table]
 
 
 def _p(value: float) -> str:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +23,32 @@ from superclip.errors import UserError
 from superclip.evaluation.compositional import compositional
 from superclip.evaluation.encode import Encoder
 from superclip.evaluation.measures import Result
-from superclip.evaluation.probe import probe
-from superclip.evaluation.retrieval import retrieve
+from superclip.evaluation.probe import probe, refuse_unlike
+from superclip.evaluation.retrieval import find_protocol, retrieve
 from superclip.evaluation.zeroshot import class_names, templates, zeroshot
 from superclip.model.factory import tokenizer
+from superclip.model.superclip import SuperCLIP
 from superclip.model.weights import Checkpoint
 from superclip.ops.precision import concrete_precision
 
 SCENES, SCENES_POOL = 2000, 500
 """Scenes looked at, and how many of them are ranked at a time."""
 ORDER: tuple[Task, ...] = typing.get_args(Task)
+
+
+class Prepared(NamedTuple):
+    """A task whose data, names and prompts are open and checked.
+
+    Attributes:
+        digest: sha256 of the data; two checkpoints compare only on the same.
+        generated: whether the data are scenes, made as asked for.
+        measure: does the work.
+    """
+
+    task: Task
+    digest: str
+    generated: bool
+    measure: Callable[[SuperCLIP, Encoder], Result]
 
 
 @dataclass
@@ -43,12 +59,19 @@ class Evaluation:
     device: torch.device
     _opened: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def run(self, checkpoint: Checkpoint) -> Iterator[Result]:
-        """The tasks' results, in a fixed order.
+    def prepare(self, checkpoint: Checkpoint) -> list[Prepared]:
+        """The tasks in a fixed order, all of them ready before the first is measured.
 
         Raises:
-            UserError: if data that a task needs is not named, absent or unusable.
+            UserError: if data that a task needs is not named, absent or unusable, or an option has
+                no effect on any task.
         """
+        ready = [getattr(self, f"_{task}")(checkpoint) for task in self.tasks(checkpoint)]
+        self._refuse_idle(ready)
+        return ready
+
+    def run(self, checkpoint: Checkpoint, ready: Sequence[Prepared]) -> Iterator[Result]:
+        """The results of what `prepare` made ready for this checkpoint."""
         encoder = Encoder(
             checkpoint.preprocess,
             tokenizer_for(tokenizer(checkpoint.model_config)),
@@ -58,9 +81,25 @@ class Evaluation:
             self.config.workers,
         )
         checkpoint.model.to(self.device)
-        for task in self.tasks(checkpoint):
-            yield getattr(self, f"_{task}")(checkpoint, encoder)
+        for task in ready:
+            yield task.measure(checkpoint.model, encoder)
         checkpoint.model.to("cpu")
+
+    def _refuse_idle(self, ready: Sequence[Prepared]) -> None:
+        """Raises UserError for an option that changes nothing here."""
+        config = self.config
+        retrieval = any(p.task == "retrieval" for p in ready)
+        generated = any(p.generated for p in ready)
+        for flag, given, used in (
+            ("--num", config.num is not None, retrieval or generated),
+            ("--data-seed", config.data_seed is not None, generated),
+            ("--split train", config.split == "train", retrieval or generated),
+            ("--pool", config.pool is not None, retrieval),
+            ("--protocol", config.protocol != EvalConfig.protocol, retrieval),
+        ):
+            if given and not used:
+                told = " and ".join(p.task for p in ready)
+                raise UserError(f"{flag} changes nothing for {told} on these data; leave it out")
 
     def tasks(self, checkpoint: Checkpoint) -> list[Task]:
         """Those asked for; else retrieval, and what data is named for (on scenes: or generated)."""
@@ -93,11 +132,11 @@ class Evaluation:
             return data.train_data
         return data.val_data or held_out_spec(data.train_data)
 
-    def _retrieval(self, checkpoint: Checkpoint, encoder: Encoder) -> Result:
+    def _retrieval(self, checkpoint: Checkpoint) -> Prepared:
         config, spec = self.config, self._pictures(checkpoint)
         if spec is None:
             raise UserError("plain weights know no data; name pictures with --val-data")
-        scenes, seed = is_scenes(spec), _data_seed(checkpoint)
+        scenes, seed = is_scenes(spec), self._data_seed(checkpoint)
         num = config.num or (SCENES if scenes else None)
         held_out = config.split == "val"
         source = self._open(open_source, spec, num if scenes else None, seed, held_out)
@@ -107,44 +146,64 @@ class Evaluation:
         if config.pool is not None and config.pool > count:
             raise UserError(f"--pool {config.pool} is larger than the {count} pictures")
         pool = config.pool or (min(SCENES_POOL, count) if scenes else None)
-        found = retrieve(checkpoint.model, encoder, source, config.protocol, pool, range(count))
-        found.data.update(spec=spec, split=config.split)
-        if scenes:
-            found.notes["ceilings"] = _ceilings(source, count, pool or count)
-        return found
+        find_protocol(config.protocol, count, pool)
 
-    def _zeroshot(self, checkpoint: Checkpoint, encoder: Encoder) -> Result:
+        def measure(model: SuperCLIP, encoder: Encoder) -> Result:
+            found = retrieve(model, encoder, source, config.protocol, pool, range(count))
+            found.data.update(spec=spec, split=config.split)
+            if scenes:
+                found.notes["ceilings"] = _ceilings(source, count, pool or count)
+            return found
+
+        return Prepared("retrieval", source.digest, scenes, measure)
+
+    def _zeroshot(self, checkpoint: Checkpoint) -> Prepared:
         config = self.config
         spec = config.zeroshot or self._scenes(checkpoint, "zeroshot")
-        labelled = self._labelled(spec, checkpoint, held_out=True)
+        held_out = config.zeroshot is not None or config.split == "val"
+        labelled = self._labelled(spec, checkpoint, held_out)
         names = class_names(labelled, config.classnames)
         prompts = templates(config.templates, labelled)
-        return zeroshot(checkpoint.model, encoder, labelled, names, prompts)
 
-    def _compositional(self, checkpoint: Checkpoint, encoder: Encoder) -> Result:
-        named = self.config.compositional or (self._scenes(checkpoint, "compositional"),)
+        def measure(model: SuperCLIP, encoder: Encoder) -> Result:
+            return zeroshot(model, encoder, labelled, names, prompts)
+
+        return Prepared("zeroshot", labelled.digest, is_scenes(spec), measure)
+
+    def _compositional(self, checkpoint: Checkpoint) -> Prepared:
+        config = self.config
+        named = list(config.compositional) or [self._scenes(checkpoint, "compositional")]
         if is_scenes(named[0]):
-            num, seed = self.config.num or SCENES, _data_seed(checkpoint)
-            checks = self._open(_scene_checks, named[0], num, seed)
+            if len(named) > 1:
+                raise UserError(f"--compositional {named[0]} stands alone; measure the rest apart")
+            held_out = bool(config.compositional) or config.split == "val"
+            num, seed = config.num or SCENES, self._data_seed(checkpoint)
+            checks = self._open(_scene_checks, named[0], num, seed, held_out)
         else:
-            if self.config.images is None:
+            if config.images is None:
                 raise UserError("--compositional FILE needs --images DIR, the pictures' folder")
-            paths = tuple(map(Path, named))
-            checks = self._open(read_checks, paths, self.config.images)
-        return compositional(checkpoint.model, encoder, checks)
+            checks = self._open(read_checks, tuple(map(Path, named)), config.images)
 
-    def _probe(self, checkpoint: Checkpoint, encoder: Encoder) -> Result:
+        def measure(model: SuperCLIP, encoder: Encoder) -> Result:
+            return compositional(model, encoder, checks)
+
+        return Prepared("compositional", checks.sha256, is_scenes(named[0]), measure)
+
+    def _probe(self, checkpoint: Checkpoint) -> Prepared:
         config = self.config
         assert config.probe is not None
-        test = config.probe_test
-        return probe(
-            checkpoint.model,
-            encoder,
-            self._labelled(config.probe, checkpoint, held_out=test is None),
-            None if test is None else self._labelled(test, checkpoint, held_out=True),
-            json.dumps([checkpoint.sha256, checkpoint.model_config], sort_keys=True),
-            checkpoint.path.parent / "features",
-        )
+        train = self._labelled(config.probe, checkpoint, held_out=config.probe_test is None)
+        test = config.probe_test and self._labelled(config.probe_test, checkpoint, held_out=True)
+        if test:
+            refuse_unlike(train, test)
+        key = json.dumps([checkpoint.sha256, checkpoint.model_config], sort_keys=True)
+        cache = checkpoint.path.parent / "features"
+
+        def measure(model: SuperCLIP, encoder: Encoder) -> Result:
+            return probe(model, encoder, train, test or None, key, cache)
+
+        digest = train.digest + (test.digest if test else "")
+        return Prepared("probe", digest, is_scenes(config.probe), measure)
 
     def _scenes(self, checkpoint: Checkpoint, task: Task) -> str:
         spec = self._pictures(checkpoint)
@@ -154,17 +213,19 @@ class Evaluation:
 
     def _labelled(self, spec: str, checkpoint: Checkpoint, held_out: bool) -> LabelledSource:
         num = (self.config.num or SCENES) if is_scenes(spec) else None
-        return self._open(open_labelled, spec, num, _data_seed(checkpoint), held_out)
+        return self._open(open_labelled, spec, num, self._data_seed(checkpoint), held_out)
+
+    def _data_seed(self, checkpoint: Checkpoint) -> int:
+        """Of generated scenes."""
+        if self.config.data_seed is not None:
+            return self.config.data_seed
+        return 0 if checkpoint.config is None else checkpoint.config.data.data_seed
 
     def _open(self, opener: Callable[..., Any], *what: Any) -> Any:
         key = (opener, *what)
         if key not in self._opened:
             self._opened[key] = opener(*what)
         return self._opened[key]
-
-
-def _data_seed(checkpoint: Checkpoint) -> int:
-    return 0 if checkpoint.config is None else checkpoint.config.data.data_seed
 
 
 def _ceilings(scenes: Any, count: int, pool: int) -> dict[str, dict[str, float]]:
@@ -179,8 +240,8 @@ def _ceilings(scenes: Any, count: int, pool: int) -> dict[str, dict[str, float]]
     }
 
 
-def _scene_checks(spec: str, num: int, seed: int) -> Checks:
-    scenes = open_source(spec, num, seed, held_out=True)
+def _scene_checks(spec: str, num: int, seed: int, held_out: bool) -> Checks:
+    scenes = open_source(spec, num, seed, held_out)
     assert isinstance(scenes, Scenes)
     return scene_checks(scenes)
 
@@ -210,6 +271,20 @@ def seeds_of_one_recipe(checkpoints: Sequence[Checkpoint], flag: str) -> None:
             raise UserError(
                 f"{flag}: {first.path} and {checkpoint.path} are not of one recipe ({what}); "
                 "compare them with --against"
+            )
+
+
+def refuse_unlike_data(ready: Sequence[Sequence[Prepared]]) -> None:
+    """Raises UserError where checkpoints are not about to see the same data."""
+    tasks = [[p.task for p in tasks] for tasks in ready]
+    if any(other != tasks[0] for other in tasks):
+        raise UserError("the checkpoints bring different data; name it, or the --tasks, for all")
+    for first, *others in zip(*ready):
+        if any(other.digest != first.digest for other in others):
+            generated = "--data-seed N makes them the same scenes; " if first.generated else ""
+            raise UserError(
+                f"the checkpoints bring different data for {first.task}; {generated}name one set "
+                f"for all with --{'val-data' if first.task == 'retrieval' else first.task}"
             )
 
 

@@ -15,8 +15,9 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,6 +127,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         head = token_head_from(content["token_head"])
         model = SuperCLIP(clip, preprocess.mean, preprocess.std, head)
         load_into(clip, content["state_dict"], path)
+        sides = np.atleast_1d(cast(Any, clip).visual.image_size).tolist()
+        assert set(sides) == {preprocess.size}, f"pictures of {preprocess.size} for {sides}"
         facts = dict(content["facts"])
         assert isinstance(facts["activation"], str) and isinstance(facts["data_name"], str)
     except (AssertionError, AttributeError, LookupError, TypeError, RuntimeError) as error:
@@ -142,6 +145,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content["epoch"],
         facts,
     )
+
+
+def open_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
+    """A checkpoint of this project; with `model`, plain open_clip weights where it is none.
+
+    Raises:
+        UserError: as `load_checkpoint` and `load_plain`.
+    """
+    if model is None or (path.suffix != ".safetensors" and brings_config(path)):
+        return load_checkpoint(path)
+    return load_plain(model, None, path)
+
+
+def brings_config(path: Path) -> bool:
+    """Whether a file says itself of what architecture and preprocessing it is.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    content = read_tensors(path, check=False)
+    return isinstance(content, dict) and "model_config" in content
 
 
 def load_plain(model: str, pretrained: str | None = None, path: Path | None = None) -> Checkpoint:

@@ -299,6 +299,8 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         target = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if target.type not in ("cpu", "cuda", "mps", "xpu"):  # torch knows more, which hold no numbers
+        raise UserError(f"--device {device!r} can't compute here; use auto, cpu, cuda or cuda:N")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():

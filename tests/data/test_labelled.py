@@ -211,6 +211,13 @@ def test_coco_annotations_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(UserError, match=f"annotation 99: {said}.* is not listed"):
             open_labelled(f"coco:{root}")
     root = write_instances(tmp_path)
+    instances = root / "annotations/instances_val2017.json"
+    document = json.loads(instances.read_text())
+    document["categories"] *= 2
+    instances.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="entry 3 of 'categories' repeats the id"):
+        open_labelled(f"coco:{root}")
+    root = write_instances(tmp_path)
     (root / "val2017/4.png").unlink()
     with pytest.raises(UserError, match=r"1 of 3 pictures are not in .*first: 4\.png"):
         open_labelled(f"coco:{root}")

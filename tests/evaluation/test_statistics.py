@@ -6,16 +6,26 @@ from reference import evaluation as naive
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score
 
-from superclip.evaluation.measures import ClassMean, Mean, MeanAveragePrecision, Measure, Median
+from superclip.evaluation.measures import (
+    ClassMean,
+    Mean,
+    MeanAveragePrecision,
+    Measure,
+    Median,
+    Result,
+)
 from superclip.evaluation.statistics import (
     compare,
     detectable,
     intervals,
     least_p,
     mcnemar_by_picture,
+    mcnemar_detectable,
+    mcnemar_power,
     picture_weights,
     power,
 )
+from superclip.evaluation.tables import difference_lines, differences_of
 
 
 @pytest.fixture
@@ -98,6 +108,51 @@ def test_power_of_the_textbook():
     assert power(1.0, 0.0) == 1.0
 
 
+@pytest.mark.parametrize("captions", [1, 5])
+def test_power_of_mcnemar_is_the_share_of_samples_that_it_finds(captions):
+    rng, gains = np.random.default_rng(4), []
+    for _ in range(400):
+        own = rng.normal(0, 1, (2, 60, 1)) + rng.normal(0, 0.7, (2, 60, captions))
+        hits = own + np.array([0.4, 0.0])[:, None, None] > 0
+        gains.append((hits[0].sum(1) - hits[1].sum(1)).astype(float))
+    queries = 60 * captions
+    effect = np.mean([g.sum() / queries for g in gains])
+    found = np.mean([mcnemar_by_picture(g) <= 0.05 for g in gains])
+    stated = np.mean([mcnemar_power(effect, g, queries) for g in gains])
+    assert found == pytest.approx(stated, abs=0.06)
+    assert mcnemar_power(mcnemar_detectable(gains[0], queries), gains[0], queries) == pytest.approx(
+        0.8, abs=0.01
+    )
+
+
+def test_what_too_few_pictures_can_tell():
+    """Five pictures never reach p = .05: 2 / 2**5 = .0625. No discordant one is no certainty."""
+    assert mcnemar_power(1.0, np.ones(5), 5) == 0
+    assert mcnemar_detectable(np.zeros(5), 5) is None
+    assert 0.2 < mcnemar_detectable(np.zeros(20), 20) < 0.5
+    picture = np.arange(10)
+    hits = [Measure("R@1", Mean(np.full(10, h), picture, 10), 0.1, hits=True) for h in (1.0, 0.0)]
+    all_, none = intervals(hits, 200)
+    clopper = binomtest(10, 10).proportion_ci(method="exact")
+    assert (all_.low, all_.high) == pytest.approx((clopper.low, 1))
+    assert (none.low, none.high) == pytest.approx((0, 1 - clopper.low))
+    means = [Measure("rank", Mean(np.full(10, 3.0), picture, 10), 5.0, percent=False)] * 2
+    same = compare(means[:1], means[1:], paired=False, effect=1.0, draws=100)
+    assert (same.power, same.detectable) == (None, None)
+
+
+@pytest.mark.parametrize("seeds", [3, 6])
+def test_one_checkpoint_against_several_varies_as_they_do(seeds):
+    """Under the null with much spread over seeds, p <= .05 in about 5 % of cases."""
+    rng, rejected, runs = np.random.default_rng(9), 0, 150
+    for _ in range(runs):
+        (one, *_), many = models(rng, seeds, 0.0, 0.4, pictures=150)
+        found = compare([one], many, paired=False, effect=0.02, draws=100)
+        rejected += found.p <= 0.05
+        assert found.verdict == "descriptive"
+    assert rejected / runs < 0.12
+
+
 def models(rng, seeds: int, gap: float, seed_sd: float, pictures: int = 400) -> list[list[Measure]]:
     """Two arms of models that hit pictures of equal difficulty; captions of a picture agree."""
     easy, arms = rng.normal(0, 1, pictures), []
@@ -167,3 +222,25 @@ def test_the_interval_of_average_precision_holds_its_value():
     scores, right = rng.random((120, 20)), rng.random((120, 20)) < 0.05
     (found,) = intervals([Measure("mAP", MeanAveragePrecision(scores, right), 0.05)], 300)
     assert found.low < found.value < found.high
+
+
+def test_better_is_said_of_what_holm_leaves_alone():
+    """One row of many at p = .03: different alone, and no more is claimed."""
+    rng = np.random.default_rng(1)
+    picture, base = np.arange(200), rng.random(200) < 0.5
+    worse = base.copy()
+    worse[np.flatnonzero(base)[:6]] = False  # six to none: p = .031
+    arms = [
+        [
+            Measure(f"row {k}", Mean(hits.astype(float), picture, 200), 0.0, hits=True)
+            for k, hits in enumerate([first, *[base] * 9])
+        ]
+        for first in (base, worse)
+    ]
+    results = [[[Result("toy", {"name": "toy"}, arm)]] for arm in arms]
+    rows = differences_of(*results, paired=False, effect=2.0, draws=200)
+    assert rows[0]["p"] == pytest.approx(0.03125) and rows[0]["p_holm"] == pytest.approx(0.3125)
+    said = "not after Holm; of the recipes: descriptive"
+    assert rows[0]["verdict"] == said
+    lines = difference_lines(rows)
+    assert lines[0].index("verdict") == lines[1].index(said) and "McNemar" in lines[-1]

@@ -7,16 +7,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, VisionTransformer
-from reference.causal import features_without, image_scores, removed_norms
+from reference.causal import features_without, image_scores, patch_means, removed_norms
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import average_precision_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from interp.causal.ablation import ablate, mean_z
-from interp.causal.bank import AblationBank, BankKey, effects
+from interp.causal.bank import AblationBank, BankKey
 from interp.causal.cost import flop_share, sweep_macs
+from interp.causal.effects import Questions, average_precision, effects
 from interp.causal.sweep import ablate_batch, ablated_embeddings
 from interp.causal.units import (
     Ablation,
@@ -29,6 +32,7 @@ from interp.causal.units import (
 from interp.heads import Head
 from interp.hooked import HookedVisionTransformer, TowerConfig
 from superclip.errors import UserError
+from superclip.model.superclip import TokenHead
 
 KINDS, TOKENS = ("zero", "mean", "resample"), ("all", "class")
 TOWERS = {
@@ -121,6 +125,23 @@ def test_equals_a_plain_forward_for_every_unit(name, kind, tokens):
     change = (found.features[0] - found.intact).abs().amax(dim=(1, 2))
     for unit, size in zip(units, change.tolist(), strict=True):
         assert (size < 1e-9) == (never_read and unit.layers == [tower.cfg.n_layers - 1]), unit.name
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", ["tok", "LayerScale", "avg, norm after pool", "one layer, avg"])
+def test_patch_means_equal_a_plain_forward(name, tokens):
+    """What SuperCLIP's token head reads, beside the features, which stay what they were."""
+    tower = hooked(**TOWERS[name])
+    images, units = pictures(tower.visual), all_units(tower.cfg)
+    ablation, donors, stand_in = options(tower, images, "mean", tokens)
+    plain = ablate_batch(tower, images, ablation, units, donors)
+    found = ablate_batch(tower, images, ablation, units, donors, patches=True)
+    torch.testing.assert_close(found.features[..., :12], plain.features, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.removed, plain.removed)
+    with torch.no_grad():
+        for unit, means in zip(units, found.features[0, ..., 12:], strict=True):
+            expected = patch_means(tower, images, unit.heads, unit.mlps, tokens, stand_in)
+            torch.testing.assert_close(means, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -517,36 +538,69 @@ def test_features_that_are_not_finite_are_not_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bank.json"]
 
 
-def test_effects_equal_the_naive_ones(tmp_path):
-    tower, images, key = bank_parts(12)
+@pytest.mark.parametrize("source", ["patches", "pooled"])
+def test_effects_equal_the_naive_ones(tmp_path, source):
+    tower, images, key = bank_parts(12, patches=source == "patches")
     bank = AblationBank.open(tmp_path, key, chunk=5)
     bank.compute(tower, Reader(images))
     generator = torch.Generator().manual_seed(5)
     owner = torch.arange(29) % 12
     texts = bank.read()[owner] + 3 * torch.randn(29, 12, generator=generator)
     classes = torch.randn(6, 12, generator=generator)
-    labels = np.random.default_rng(0).integers(6, size=12)
-    found = effects(bank, texts, owner, classes, labels)
-    names = ["margin", "zero-shot"] + [f"{way}@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    present = np.random.default_rng(0).random((12, 6)) < 0.4
+    head = TokenHead(16 if source == "patches" else 12, 30, source)
+    columns = torch.arange(2, 30)
+    held = torch.rand(12, 28, generator=generator) < 0.5
+    asked = Questions(texts, owner, classes, present, head, columns, held)
+    found = effects(bank, asked, draws=50)
+    names = ["margin", "frozen", "token AP"]
+    names += [f"{way}@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     assert sorted(found.intact) == sorted(found.ablated) == sorted(names)
     assert found.captions.tolist() == [3] * 5 + [2] * 7 and found.units == bank.units
     assert found.removed.shape == (len(bank.units), 12)
-    naive = partial(
-        image_scores, texts=texts, owner=owner, class_vectors=classes, labels=labels.tolist()
-    )
-    expected = naive(bank.read())
+
+    def naive(unit=None, draw=0):
+        with torch.no_grad():
+            what = "patches" if source == "patches" else "features"
+            logits = head(bank.read(unit, draw, what))[:, columns]
+        return image_scores(bank.read(unit, draw), texts, owner, bank.read(), logits, held)
+
+    expected = naive()
     for name in names:
         np.testing.assert_allclose(found.intact[name], expected[name], atol=1e-6)
         assert found.ablated[name].shape == (len(bank.units), 12)
     for number, unit in enumerate(bank.units):
-        draws = [naive(bank.read(unit, draw)) for draw in range(2)]
+        draws = [naive(unit, draw) for draw in range(2)]
         for name in names:
             mean = np.mean([scores[name] for scores in draws], axis=0)
             np.testing.assert_allclose(found.ablated[name][number], mean, atol=1e-6)
     for name in set(names) - {"i2t@10", "t2i@10"}:
         assert (found.ablated[name] != found.intact[name]).any()
-    assert "zero-shot" not in effects(bank, texts, owner).intact
+
+    def mean_ap(unit=None, draw=0):
+        scores = F.normalize(bank.read(unit, draw), dim=1) @ F.normalize(classes, dim=1).T
+        shown = present.any(0)
+        return average_precision_score(present[:, shown], scores[:, shown], average="macro")
+
+    whole, changes = found.mean_ap
+    assert whole == pytest.approx(mean_ap())
+    for unit, change in zip(bank.units, changes, strict=True):
+        mean = np.mean([mean_ap(unit, draw) for draw in range(2)])
+        assert change.estimate == pytest.approx(mean - whole)
+        assert change.low <= change.high and change.n == 12
+    assert (bare := effects(bank, Questions(texts, owner))).mean_ap is None
+    assert "token AP" not in bare.intact
     with pytest.raises(UserError, match="outside the 12 images"):
-        effects(bank, texts, owner + 1)
+        effects(bank, Questions(texts, owner + 1))
     with pytest.raises(UserError, match="1 of 12 images have no caption"):
-        effects(bank, texts[:11], owner[:11])
+        effects(bank, Questions(texts[:11], owner[:11]))
+    if source == "pooled":
+        with pytest.raises(UserError, match="no patch means"):
+            bank.read(what="patches")
+
+
+def test_average_precision_by_hand():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    right = torch.tensor([[True, False, True, False], [True, False, False, True], [False] * 4])
+    # 1/1 and 2/3; the tie costs a place: 1/2, and 2/4; nothing to find.
+    assert average_precision(scores, right).tolist() == pytest.approx([5 / 6, 1 / 2, 0.0])

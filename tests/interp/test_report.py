@@ -60,24 +60,26 @@ def ablation(results, **changes):
         return {"estimate": estimate, "low": estimate - 0.01, "high": estimate + 0.01, "n": 50}
 
     head = {
-        "head": "L1H2",
+        "unit": "L1H2",
+        "family": "head",
         "role": "champion",
         "kind": "mean",
         "removed_norm": 1.0,
         "margin": interval(-0.0567),
-        "margin_p": 0.001,
-        "margin_p_adjusted": 0.002,
-        "recall_at_1": interval(-0.02),
+        "p_adjusted": 0.002,
+        "rank": 1,
+        "of": 2,
+        "measures": {"i2t@1": interval(-0.02)},
     }
     manifest = results.manifest
     return {
-        "schema": 1,
+        "schema": 2,
         "n": 50,
         "checkpoint_sha256": manifest["checkpoint"]["sha256"],
         "images_sha256": manifest["images_sha256"],
-        "base": {"margin": interval(0.3), "recall_at_1": interval(0.5)},
-        "heads": [head],
-        "champion_rank": {"mean": {"rank": 1, "of": 2}},
+        "intact": {"margin": interval(0.3), "i2t@1": interval(0.5)},
+        "units": [head],
+        "sentences": ["mean ablation of the champion L1H2: it matters"],
         "sets": None,
     } | changes
 
@@ -138,7 +140,7 @@ def test_every_number_is_the_findings(plain, run):
     for row in findings.baselines:
         assert row.name in plain and words.span(row.difference, 4) in plain
     assert "12.3 [10.0, 20.0]" in plain and "−0.0567 [−0.0667, −0.0467]" in plain
-    assert "It ranks 1 of 2 by harm." in plain
+    assert "Mean ablation of the champion L1H2: it matters." in plain and "1 of 2" in plain
 
 
 def test_nothing_is_fetched(text):
@@ -226,7 +228,7 @@ def test_the_checkpoint_is_known_by_its_hash(tmp_path):
     [
         ({"images_sha256": "f" * 64}, "images_sha256"),
         ({"checkpoint_sha256": "f" * 64}, "checkpoint_sha256"),
-        ({"schema": 2}, "schema"),
+        ({"schema": 1}, "schema"),
     ],
 )
 def test_foreign_ablation_is_refused(tmp_path, change, message):

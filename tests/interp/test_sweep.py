@@ -142,25 +142,53 @@ def test_plain_open_clip_weights_need_a_name_and_data(tiny_run, tmp_path):
 
 def test_ablation_of_the_champion(tiny_run, swept):
     out = swept[0]
-    words = "--heads champion,random:2,L0H0 --sets 3 --draws 199 --threads 1"
+    words = "--units champion,random:2,L0H0,L0H1+L2H0,mlps,attributed:1 --sets 3 --draws 199"
+    words += " --resamples 2 --threads 1 --downstream"
     ckpt = str(tiny_run / "final_epoch.pt")
     done = command("interp.ablate", "--ckpt", ckpt, "--results", str(out), *words.split())
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "ablation.json").read_text())
-    assert {row["kind"] for row in report["heads"]} == {"zero", "mean"}
+    rows = report["units"]
+    assert {row["kind"] for row in rows} == {"zero", "mean", "resample"}
     champion = json.loads((out / "findings.json").read_text())["champion"]["head"]
-    assert [r["head"] for r in report["heads"] if r["role"] == "champion"] == [champion] * 2
-    assert report["sets"]["of"] == 4 and report["champion_rank"]["mean"]["of"] == 3
+    assert [r["unit"] for r in rows if r["role"] == "champion"] == [champion] * 3
+    assert len([r for r in rows if r["family"] == "mlp"]) == 12
+    assert report["sets"]["margin"]["of"] == 4 and len(report["sentences"]) == 3
+    assert all(champion in said and said in done.stdout for said in report["sentences"])
     assert report["n"] == SweepResults.load(out).manifest["counts"]["validation"]
+    heads = {r["unit"] for r in rows if r["family"] == "head"}
+    assert heads == set(report["estimates"]["mean"]["heads"])
+    assert report["estimates"]["mean"]["attribution"] is None  # not every head was removed
+    assert all(Head.parse(r["head"]).layer > 0 for r in report["downstream"])
     line = refused("interp.ablate", "--ckpt", ckpt, "--results", str(out))
     assert "--overwrite" in line
-    for heads, said in (
-        ("L9H0", "4 layers of 4 heads"),
-        ("best", "L11H5"),
+    for units, said in (
+        ("L9H0", "4 layers of 4"),
+        ("best", "(known: L11H5, attentions, champion, heads, layers, mlps)"),
         ("random:x", "random:K"),
     ):
-        flags = ("--results", str(out), "--overwrite", "--heads", heads)
+        flags = ("--results", str(out), "--overwrite", "--units", units)
         assert said in refused("interp.ablate", "--ckpt", ckpt, *flags)
+
+
+def test_a_finished_bank_is_not_computed_again(tiny_run, swept):
+    """Other draws, the same bank: its parts stay the files they were; all heads bring agreement."""
+    out, ckpt = swept[0], str(tiny_run / "final_epoch.pt")
+    words = ["--kinds", "zero", "--sets", "0", "--draws", "99", "--threads", "1", "--overwrite"]
+    reports = []
+    for draws in ("99", "199"):
+        done = command(
+            "interp.ablate", "--ckpt", ckpt, "--results", str(out), *words, "--seed", "0"
+        )
+        assert done.returncode == 0, done.stderr
+        words[words.index("--draws") + 1] = draws
+        stamps = {p.name: p.stat().st_mtime_ns for p in (out / "bank-zero").iterdir()}
+        reports.append((json.loads((out / "ablation.json").read_text()), stamps))
+    assert reports[0][1] == reports[1][1] and len(reports[0][1]) > 1
+    fits = reports[0][0]["estimates"]["zero"]["attribution"]
+    assert fits["plain"]["overall"]["heads"] == 16 and fits["integrated"]["images"] == 58
+    ranks = sorted(row["rank"] for row in reports[0][0]["units"])
+    assert len(ranks) == 16 and ranks[0] == 1
 
 
 def test_nothing_is_overwritten_unasked(tiny_run, swept):

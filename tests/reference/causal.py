@@ -44,10 +44,16 @@ def removed_norms(tower, activations, heads, mlps, stand_in, rows):
     return (lost**2).sum(-1).mean(-1).sqrt()
 
 
-def image_scores(images, texts, owner, class_vectors, labels):
+def image_scores(images, texts, owner, intact, logits, held):
     """Every measure of every image, by loops; a tie is a miss."""
     owner, n = owner.tolist(), len(images)
-    scores = {"margin": margins(images, texts, owner)}
+    scores = {"margin": margins(images, texts, owner), "frozen": [], "token AP": []}
+    for i, image in enumerate(images):
+        cosine = F.cosine_similarity(image[None], texts, dim=1).tolist()
+        then = F.cosine_similarity(intact[i][None], texts, dim=1).tolist()
+        own = [c for c, o in zip(cosine, owner, strict=True) if o == i]
+        hardest = max((j for j, o in enumerate(owner) if o != i), key=lambda j: then[j])
+        scores["frozen"].append(sum(own) / len(own) - cosine[hardest])
     for k in (1, 5, 10):
         scores[f"i2t@{k}"] = hits(images, texts, owner, k)
         found = [[] for _ in range(n)]
@@ -56,9 +62,31 @@ def image_scores(images, texts, owner, class_vectors, labels):
             ahead = sum(c >= cosine[own] for i, c in enumerate(cosine) if i != own)
             found[own].append(ahead < k)
         scores[f"t2i@{k}"] = [sum(f) / len(f) for f in found]
-    right = []
-    for image, label in zip(images, labels, strict=True):
-        cosine = F.cosine_similarity(image[None], class_vectors, dim=1).tolist()
-        right.append(all(c < cosine[label] for i, c in enumerate(cosine) if i != label))
-    scores["zero-shot"] = right
+    scores["token AP"] = [precision(row, right) for row, right in zip(logits, held, strict=True)]
     return {name: [float(value) for value in values] for name, values in scores.items()}
+
+
+def precision(scores, right):
+    """Average precision, one right column after another; wrong ones that tie stand before it."""
+    scores, right = scores.tolist(), right.tolist()
+    found = []
+    for j in (j for j, is_right in enumerate(right) if is_right):
+        ahead = [k for k, s in enumerate(scores) if s > scores[j] or (s == scores[j] and k != j)]
+        before = sum(not right[k] for k in ahead)
+        among = sum(right[k] for k in ahead if scores[k] > scores[j])
+        found.append((among + 1) / (among + 1 + before))
+    return sum(found) / len(found) if found else 0.0
+
+
+def patch_means(tower, images, heads, mlps, tokens, stand_in):
+    """Mean of the final patch tokens without these parts, by hooks on a plain forward."""
+    kept = []
+
+    def keep(value, hook):
+        kept.append(value)
+
+    last = f"blocks.{tower.cfg.n_layers - 1}.hook_resid_post"
+    with tower.hooks(fwd_hooks=[(last, keep)]):
+        features_without(tower, images, heads, mlps, tokens, stand_in)
+    with torch.no_grad():
+        return tower.visual.ln_post(kept[0])[:, 1:].mean(1)
