@@ -172,7 +172,7 @@ class CircuitConfig(OfSweep):
     mlps: bool = False
     """Let MLPs be left out, too."""
     steps: int = 10
-    """Points of the path of integrated gradients by which heads and edges are ranked."""
+    """Points of the path of integrated gradients by which edges are scored."""
     edges: int = 60
     """Edges that are judged, listed and drawn: the strongest of discovery."""
     sets: int = 20
