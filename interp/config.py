@@ -202,6 +202,37 @@ class PatchConfig(OfSweep):
 
 
 @dataclass(frozen=True)
+class CircuitConfig(OfSweep):
+    """What `interp.circuit` looks for."""
+
+    faithfulness: float = 0.9
+    """Share of what all heads do for the margin that the circuit must keep on discovery."""
+    wrong: Literal["mean", "hardest"] = "mean"
+    """Margin over all wrong captions, or over the one that is hardest for the intact model. That
+    one is picked against the intact model alone, so little may be left for a circuit to keep."""
+    kind: Literal["zero", "mean", "resample"] = "mean"
+    """Ablation under which the circuit is chosen; it is judged under all three."""
+    mlps: bool = False
+    """Let MLPs be left out, too."""
+    steps: int = 10
+    """Points of the path of integrated gradients by which edges are scored."""
+    edges: int = 60
+    """Edges that are judged, listed and drawn: the strongest of discovery."""
+    sets: int = 20
+    """Random sets of the circuit's size to set it against, and as many with its size a layer."""
+    pictures: int = 512
+    """Discovery pictures that choose, at most; of validation, all judge."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.faithfulness <= 1:
+            raise UserError(f"--faithfulness {self.faithfulness} must lie above 0 and up to 1")
+        for name, least in (("steps", 1), ("edges", 1), ("sets", 1), ("pictures", 20)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What `interp.report` shows."""
 

@@ -135,6 +135,7 @@ COMMANDS = {
     "interp.relevance": ["--methods", "--draws"],
     "interp.lens": ["--concepts", "--lens"],
     "interp.patch": ["--pairs", "--tau", "--every-patch"],
+    "interp.circuit": ["--faithfulness", "--kind", "--edges"],
     "interp.report": ["--challenger"],
 }
 

@@ -17,9 +17,14 @@ from interp.causal.pairs import box_pairs
 from interp.causal.patching import GROUPS, PARTS, patch_batch, shares
 from interp.causal.sweep import ablate_batch
 from interp.causal.units import Ablation, every, mean_activations
+from interp.circuits.edges import Graph, edge_scores
+from interp.circuits.search import minimal_circuit, together
 from interp.collect import attention_maps
 from interp.grounding.metrics import PairScores
 from interp.hooked import HookedVisionTransformer
+from interp.lenses.emergence import auc_values
+from interp.lenses.logit import read
+from interp.lenses.relevance import relevance
 from interp.stats.selection import judge
 from superclip.data.scenes import Scenes
 
@@ -195,6 +200,57 @@ def test_filling_the_mark_destroys_the_metric_and_the_head_recovers_it(
     assert np.abs(heads.estimate[0, 1:, *AT]).max() < 0.2
     assert np.abs(others(heads.estimate)).max() < 0.03
     check_entries(groups)
+
+
+def test_the_lens_reads_the_content_behind_it_alone(planted_tower, planted_pictures, planted_texts):
+    readings, _ = read(planted_tower, planted_pictures.images, "pooled")
+    lead = F.normalize(readings, dim=-1) @ (planted_texts[0] - planted_texts[1])
+    auc = auc_values(lead.numpy(), planted_pictures.content > 0).mean(axis=0)
+    # embedded, behind L0, behind L1 (the planted layer), behind L2
+    assert np.abs(auc[: PLANTED.layer + 1] - 0.5).max() < 0.15
+    assert (auc[PLANTED.layer + 1 :] == 1).all()
+
+
+@pytest.mark.parametrize("name, found", [("rollout", 1), ("chefer-all", 1), ("attention", 0)])
+def test_relevance_maps_find_the_mark(planted_tower, planted_pictures, name, found):
+    """But not the last layer's attention: the planted head is in another one."""
+    p = planted_pictures
+    maps = relevance(planted_tower, name, p.images, p.directions / 2)
+    assert float((maps.argmax(1) == torch.from_numpy(p.place)).double().mean()) == found
+
+
+def test_legrad_takes_an_unseen_decoy_for_the_mark(planted_tower, planted_pictures):
+    """It is a gradient in the attention, whatever that attention is: the decoy of the mark's
+    content, which no head looks at, would help as much."""
+    p, rows = planted_pictures, torch.arange(N)
+    maps = relevance(planted_tower, "legrad-all", p.images, p.directions / 2)
+    decoy = p.decoys[rows, (p.decoy_content == p.content[:, None]).argmax(1)]
+    at_mark, at_decoy = maps[rows, p.place], maps[rows, decoy]
+    assert at_mark.min() > 0.3 and (at_mark - at_decoy).abs().max() < 0.1
+
+
+def test_the_circuit_is_this_head(planted_tower, planted_pictures, losses):
+    p, graph = planted_pictures, Graph(LAYERS, HEADS)
+    donors = p.images.roll(1, 0)
+    scores = edge_scores(planted_tower, p.images, donors, margins(p), 8).mean(0).numpy()
+    writer, reader = divmod(int(np.abs(scores).argmax()), scores.shape[1])
+    assert {graph.writers[writer], graph.readers[reader]} & {str(PLANTED), f"{PLANTED}.v"}
+    into_output = scores[:, graph.readers.index("output")]
+    assert graph.writers[int(np.abs(into_output).argmax())] == str(PLANTED)
+    heads = every(planted_tower.cfg, "head")
+    empty = -losses["zero"].sum(axis=(1, 2)).mean()
+
+    def faithfulness(sets):
+        left = [[h for h in heads if h not in kept] for kept in sets]
+        gone = [together(nodes, str(k)) for k, nodes in enumerate(left) if nodes]
+        features = ablate_batch(planted_tower, p.images, Ablation("zero"), gone).features[0]
+        intact = margins(p)(planted_tower(p.images)).mean()
+        lost = iter((intact - margins(p)(x).mean()).item() for x in features)
+        return [1 - (next(lost) if nodes else 0.0) / empty for nodes in left]
+
+    with torch.no_grad():
+        found = minimal_circuit(heads, faithfulness, 0.9)
+    assert [unit.name for unit in found] == [str(PLANTED)]
 
 
 def significant_heads(towers, scenes, draws):

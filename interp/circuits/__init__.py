@@ -1,0 +1,1 @@
+"""Circuits: which connections and which heads carry what the tower computes."""
