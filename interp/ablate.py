@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from interp.causal.effects import Effects, Questions
     from interp.causal.findings import Judge
     from interp.causal.units import Ablation, Unit
+    from interp.hooked import TowerConfig
     from interp.results import SweepResults
     from interp.swept import Swept
 
@@ -36,8 +38,9 @@ DESCRIPTION = """Remove every attention head in turn, exactly, and measure the l
 validation pictures, paired by picture: contrastive margin, retrieval both ways, zero-shot mAP of
 the annotated categories, and the token head's precision. Attention in a box is no evidence of use;
 this is. A quoted pattern, --ckpt 'logs/step_*.pt', asks when the model begins to depend on the
-champion. Ablated embeddings are kept beside the sweep (bank-KIND/), so that an interrupted run goes
-on; ablation.json holds every number, with direct effects and attribution beside the exact ones."""
+champion. Ablated embeddings are kept beside the sweep (bank-KIND-HASH/), so that an interrupted run
+goes on; ablation.json holds every number, with direct effects and attribution beside the exact
+ones."""
 
 ALL: dict[str, Literal["head", "mlp", "attention", "layer"]] = {
     "heads": "head",
@@ -91,7 +94,8 @@ def ablate_course(config: AblateConfig) -> None:
     for step, path in reversed(checkpoints):
         print(f"step {step}: {path}", flush=True)
         also = "champion" if champion is None else champion
-        units = config.units if "heads" in config.units else f"{config.units},{also}"
+        every = "heads" in config.units.split(",")
+        units = config.units if every else f"{config.units},{also}"
         # Banks are kept: what is computed already is only read again.
         given = replace(config, ckpt=path, units=units, sets=0, overwrite=True)
         report, _ = ablate_one(given)
@@ -172,7 +176,7 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
 
     def add(head: Head, role: str) -> None:
         if head not in heads:
-            raise UserError(f"--units {head}: the tower has {cfg.n_layers} layers of {cfg.n_heads}")
+            raise _no_head(head, cfg)
         found.setdefault(str(head), group([head]))
         roles.setdefault(str(head), role)
 
@@ -196,6 +200,10 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
                 found.setdefault(unit.name, unit)
         elif "+" in part:
             several = [Head.parse(one) for one in part.split("+")]
+            if len(set(several)) < len(several):
+                raise UserError(f"--units {part} names a head twice; name each once")
+            if absent := [head for head in several if head not in heads]:
+                raise _no_head(absent[0], cfg)
             found.setdefault(part, group(several, part))
         elif part[:1] == "L":
             add(Head.parse(part), "listed")
@@ -207,6 +215,12 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
         add(rest[int(k)], "random")
     roles[str(top_heads(results, 1)[0])] = "champion"
     return list(found.values()), roles
+
+
+def _no_head(head: Head, cfg: TowerConfig) -> UserError:
+    return UserError(
+        f"--units {head}: the tower has {cfg.n_layers} layers of {cfg.n_heads} heads, from L0H0 on"
+    )
 
 
 def questions(swept: Swept) -> Questions:
@@ -279,9 +293,10 @@ def fill_bank(
         derangements(len(ids), config.resamples, config.seed) if several else None,
         patches and head is not None and head.source == "patches",
     )
-    tokens = "" if config.tokens == "all" else "-class"
-    folder = swept.folder / f"bank-{kind}{tokens}"
-    bank = AblationBank.open(folder, key, chunk=config.batch_size, overwrite=True)
+    # A bank of other units or tokens may have taken hours: each has a folder of its own.
+    tag = hashlib.sha256(json.dumps(key.facts, sort_keys=True).encode()).hexdigest()[:8]
+    folder = swept.folder / f"bank-{kind}-{tag}"
+    bank = AblationBank.open(folder, key, chunk=config.batch_size, overwrite=config.overwrite)
     rows, left = swept.rows("validation"), len(bank.missing)
 
     def pictures(chunks: Sequence[Sequence[int]]):

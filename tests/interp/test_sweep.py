@@ -171,6 +171,8 @@ def test_ablation_of_the_champion(tiny_run, swept):
         ("L9H0", "4 layers of 4"),
         ("best", "(known: L11H5, attentions, champion, heads, layers, mlps)"),
         ("random:x", "random:K"),
+        ("L0H1+L0H1", "names a head twice"),
+        ("L0H1+L7H0", "--units L7H0: the tower has 4 layers of 4"),
     ):
         flags = ("--results", str(out), "--overwrite", "--units", units)
         assert said in refused("interp.ablate", "--ckpt", ckpt, *flags)
@@ -187,7 +189,7 @@ def test_a_finished_bank_is_not_computed_again(tiny_run, swept):
         )
         assert done.returncode == 0, done.stderr
         words[words.index("--draws") + 1] = draws
-        stamps = {p.name: p.stat().st_mtime_ns for p in (out / "bank-zero").iterdir()}
+        stamps = {p.name: p.stat().st_mtime_ns for p in out.glob("bank-zero-*/*")}
         reports.append((json.loads((out / "ablation.json").read_text()), stamps))
     assert reports[0][1] == reports[1][1] and len(reports[0][1]) > 1
     fits = reports[0][0]["estimates"]["zero"]["attribution"]
