@@ -119,6 +119,8 @@ class SweepResults:
                 raise UserError(f"{folder} holds no {name}; run python -m interp.sweep first")
         try:
             manifest = json.loads((folder / "results.json").read_text())
+            if not isinstance(manifest, dict):
+                raise ValueError("results.json is no object")
             if manifest.get("schema") != SCHEMA:
                 raise UserError(
                     f"{folder}: results of schema {manifest.get('schema')}; this version reads "
@@ -126,7 +128,7 @@ class SweepResults:
                 )
             with np.load(folder / "results.npz", allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        except (OSError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
@@ -144,6 +146,11 @@ class SweepResults:
             for n in list(arrays)
             if n.startswith("metric_")
         }
+        tied = images_sha256(arrays["image_ids"], arrays["coverage"])
+        if manifest.get("images_sha256") != tied:
+            raise UserError(
+                f"{folder}: results.npz is of other pictures than results.json; run the sweep again"
+            )
         return SweepResults(manifest=manifest, metrics=metrics, **arrays)
 
 

@@ -128,8 +128,8 @@ def compare_arms(config: EvalConfig) -> dict[str, Any]:
     tag = hashlib.sha256(json.dumps([shas, asked]).encode()).hexdigest()[:8]
     out = _claimed(config, arms[0][0].path.with_name(f"compare_{tag}.json"))
     refuse_unlike_data([evaluation.prepare(c) for arm in arms for c in arm])
-    results = [[_measured(config, evaluation, c) for c in arm] for arm in arms]
     paired = share_initial_weights(*arms)
+    results = [[_measured(config, evaluation, c) for c in arm] for arm in arms]
     rows = differences_of(results[0], results[1], paired, config.effect or 2.0, config.bootstrap)
     for name, arm in zip(("first", "second"), arms):
         print(f"{name}: {_recipe(arm[0])}, {len(arm)} checkpoint(s)")
@@ -229,11 +229,24 @@ def _claimed(config: EvalConfig, default: Path) -> Path:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not (out.is_file() and out.suffix == ".json"):
-        raise UserError(f"--out {out} is no report; only a .json file is ever replaced")
+    if out.exists() and not _is_report(out):
+        raise UserError(f"--out {out} is no report of this command; name another file")
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists; --overwrite measures anew, --out FILE writes elsewhere")
     return out
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is one that this command wrote: nothing else is ever replaced."""
+    try:
+        held = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(held, dict)
+        and "bootstrap_draws" in held
+        and bool({"results", "differences"} & set(held))
+    )
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

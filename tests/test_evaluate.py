@@ -89,8 +89,19 @@ def test_arms_that_are_no_arms_are_refused(model, tiny_run):
         compare_arms(asked(a, against=(other_data,), tasks=("retrieval",)))
     same = asked(a, against=(other_data,), tasks=("retrieval",), data_seed=3)
     assert len(compare_arms(same)["differences"]) == 12
+    part = [model(f"p{k}", noise=0.1 * k, seed=k) for k in range(1, 4)]
+    rest = [model(f"q{k}", noise=0.3 * k, seed=k) for k in range(2, 5)]
+    with pytest.raises(UserError, match=r"seed\(s\) 2, 3 .* in both arms, others in one only"):
+        compare_arms(asked(*part, against=tuple(rest), tasks=("retrieval",)))
     with pytest.raises(UserError, match="one at a time"):
         evaluate(asked(a, b))
+
+
+def test_only_reports_are_replaced(model, tmp_path):
+    (tmp_path / "run.json").write_text('{"config": {}}')
+    with pytest.raises(UserError, match="is no report of this command"):
+        evaluate(asked(model("a"), out=tmp_path / "run.json", overwrite=True))
+    assert (tmp_path / "run.json").read_text() == '{"config": {}}'
 
 
 def json_of(run: Path) -> dict:
@@ -186,6 +197,7 @@ def test_plain_weights_on_either_side(model, tmp_path):
         ({"probe_test": "x"}, "--probe-test goes with --probe"),
         ({"effect": -1.0}, "--effect"),
         ({"effect": 1.0}, "--effect goes with --against"),
+        ({"split": "train", "val_data": "scenes:val"}, "--split train changes nothing"),
         ({"against": ()}, "--against is empty"),
         ({"device": "meta"}, "can't compute"),
         ({"tasks": ("zeroshot",), "pool": 20}, "--pool changes nothing for zeroshot"),

@@ -93,7 +93,11 @@ class Evaluation:
         for flag, given, used in (
             ("--num", config.num is not None, retrieval or generated),
             ("--data-seed", config.data_seed is not None, generated),
-            ("--split train", config.split == "train", retrieval or generated),
+            (
+                "--split train",
+                config.split == "train",
+                config.val_data is None and (retrieval or generated),
+            ),
             ("--pool", config.pool is not None, retrieval),
             ("--protocol", config.protocol != EvalConfig.protocol, retrieval),
         ):
@@ -289,11 +293,22 @@ def refuse_unlike_data(ready: Sequence[Sequence[Prepared]]) -> None:
 
 
 def share_initial_weights(first: Sequence[Checkpoint], second: Sequence[Checkpoint]) -> bool:
-    """Whether the arms, sorted by seed, start from the same weights model by model."""
+    """Whether the arms, sorted by seed, start from the same weights model by model.
+
+    Raises:
+        UserError: if only some seeds are in both arms: neither pairs nor independent arms.
+    """
 
     def start(checkpoint: Checkpoint) -> Any:
         config = checkpoint.config
         return None if config is None else (config.seed, checkpoint.facts.get("init_sha256"))
 
-    starts = [start(c) for c in first]
-    return None not in starts and starts == [start(c) for c in second]
+    arms = [[start(c) for c in arm] for arm in (first, second)]
+    paired = None not in arms[0] and arms[0] == arms[1]
+    shared = sorted({s[0] for s in arms[0] if s in arms[1] and s is not None})
+    if shared and not paired:
+        raise UserError(
+            f"seed(s) {', '.join(map(str, shared))} and their initial weights are in both arms, "
+            "others in one only; give the same seeds on both sides, or none that both share"
+        )
+    return paired

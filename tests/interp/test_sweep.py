@@ -225,6 +225,14 @@ def test_damaged_results_are_refused(swept, tmp_path):
     (tmp_path / "results.npz").write_bytes((swept[0] / "results.npz").read_bytes()[:5000])
     with pytest.raises(UserError, match="can't be read"):
         SweepResults.load(tmp_path)
+    (tmp_path / "results.npz").write_bytes(b"")
+    with pytest.raises(UserError, match="can't be read"):
+        SweepResults.load(tmp_path)
+    (tmp_path / "results.npz").write_bytes((swept[0] / "results.npz").read_bytes())
+    other = json.loads((swept[0] / "results.json").read_text()) | {"images_sha256": "0" * 64}
+    (tmp_path / "results.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="of other pictures than results"):
+        SweepResults.load(tmp_path)
     manifest = json.loads((swept[0] / "results.json").read_text()) | {"schema": 7}
     (tmp_path / "results.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="schema 7"):
