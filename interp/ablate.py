@@ -169,15 +169,17 @@ def _sets_said(sets: dict[str, Any]) -> str:
 def _attribution_said(estimates: dict[str, Any]) -> list[str]:
     lines = []
     for kind, found in estimates.items():
-        for name, fit in (found.get("attribution") or {}).items():
-            told = [fit["overall"], *fit["layers"]]
+        for name, fit in found.get("attribution", {}).items():
+            several = len(fit["layers"]) > 1
+            told = [fit["overall"], *(fit["layers"] if several else ())]
+            whose = "all heads then layer by layer" if several else f"{told[0]['heads']} heads"
             pearson, spearman = (
                 " ".join("-" if f[of] is None else f"{f[of]:.2f}" for f in told)
                 for of in ("pearson", "spearman")
             )
             lines.append(
-                f"{name} attribution against exact {kind} ablation, {fit['images']} pictures, all "
-                f"heads then layer by layer: Pearson {pearson}; Spearman {spearman}"
+                f"{name} attribution against exact {kind} ablation, {fit['images']} pictures, "
+                f"{whose}: Pearson {pearson}; Spearman {spearman}"
             )
     return lines
 

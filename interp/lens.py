@@ -26,7 +26,6 @@ MOST = 12
 """Categories looked at unless told: those that most pictures' captions hold."""
 IN_FULL = 4
 """Words whose every layer is printed; of more, the figure and lens.json tell."""
-PROMPT = "a photo of a {}"
 SIDES = ("estimate", "low", "high")
 Arrays = dict[str, np.ndarray]
 
@@ -139,20 +138,15 @@ def open_lens(
     import torch.nn.functional as F
 
     from interp.lenses.logit import Lens
-    from superclip.config import is_scenes
-    from superclip.data.scenes import category_prompts
-    from superclip.evaluation.zeroshot import classifier
     from superclip.model.factory import special_ids, tokenizer
 
     head, encoder = swept.model.token_head, swept.encoder
     if wanted == "tokens" and head is None:
         raise UserError("--lens tokens: this checkpoint has no token head; use --lens texts")
     if head is None or wanted == "texts":
-        prompts = [PROMPT]
-        if is_scenes(swept.source.name):
-            prompts = [text.rpartition(" ")[0] + " {}" for text in category_prompts()[0]]
-        texts = classifier(swept.model, encoder, names, prompts)
-        facts = {"lens": "texts", "reads": "pooled", "candidates": len(names), "prompts": prompts}
+        texts = swept.class_vectors(names)
+        facts: dict[str, Any] = {"lens": "texts", "reads": "pooled", "prompts": swept.prompts}
+        facts["candidates"] = len(names)
         places = tuple((k,) for k in range(len(names)))
         facts["pieces"] = {name: [name] for name in names}
         return Lens(partial(F.normalize, dim=-1), texts, None, places, False), "pooled", facts

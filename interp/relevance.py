@@ -80,7 +80,8 @@ def collect(swept: Swept, wanted: str) -> dict[str, np.ndarray]:
     pictures, owner = np.unique(image[pairs], return_inverse=True)
     if reading and len(pictures) >= FEWEST:
         rows = [swept.rows("validation")[k] for k in np.searchsorted(judged, pictures)]
-        texts = category_texts(swept)[results.category_id[pairs].astype(np.int64)]
+        vectors = swept.class_vectors(results.manifest["categories"])
+        texts = vectors[results.category_id[pairs].astype(np.int64)]
         places = torch.from_numpy(owner)
         found["pairs"] = _maps(swept, reading, rows, texts, places, "categories")
     return found
@@ -97,19 +98,6 @@ def untrained(swept: Swept) -> Swept:
     model = SuperCLIP(clip, subject.preprocess.mean, subject.preprocess.std)
     fresh = replace(subject, captioned=model.to(swept.device).eval())
     return replace(swept, subject=fresh, tower=HookedVisionTransformer(clip.visual))
-
-
-def category_texts(swept: Swept) -> Tensor:
-    """`[category, d]`: on scenes the mean over a category's colours, else "a photo of a NAME"."""
-    import torch
-
-    from superclip.data.scenes import CATEGORIES, Scenes, category_prompts
-
-    names = swept.results.manifest["categories"]
-    prompts = {name: [f"a photo of a {name}"] for name in names}
-    if isinstance(swept.source, Scenes):
-        prompts = dict(zip(CATEGORIES, category_prompts(), strict=True))
-    return torch.stack([swept.encoder.texts(swept.model, prompts[n]).mean(dim=0) for n in names])
 
 
 def _maps(

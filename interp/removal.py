@@ -324,21 +324,20 @@ def _estimates(
 
 def _agreement(
     swept: Swept, ablation: Ablation, heads: Sequence[Head], total: np.ndarray, asked: Questions
-) -> dict[str, Any] | None:
-    """Attribution, plain and integrated, against the exact effects on a sample of pictures; None
-    where not every head was removed exactly."""
+) -> dict[str, Any]:
+    """Attribution, plain and integrated, against the exact effects on a sample of pictures: of all
+    heads layer by layer, else of those that were removed, as if of one layer."""
     from interp.causal.attribution import agreement
 
     layers, per_layer = swept.results.shape
-    if len(heads) < layers * per_layer:
-        return None
-    order = [heads.index(Head(*divmod(k, per_layer))) for k in range(len(heads))]
-    exact = total[:SAMPLE, order].reshape(-1, layers, per_layer)
-    rows = swept.rows("validation")[:SAMPLE]
-    return {
-        name: asdict(agreement(estimate, exact))
-        for name, estimate in attributions(swept, ablation, rows, asked).items()
-    }
+    shape = (layers, per_layer) if len(heads) == layers * per_layer else (1, len(heads))
+    order = sorted(range(len(heads)), key=heads.__getitem__)
+    exact = total[:SAMPLE, order].reshape(-1, *shape)
+    rows, found = swept.rows("validation")[:SAMPLE], {}
+    for name, estimate in attributions(swept, ablation, rows, asked).items():
+        own = np.stack([estimate[:, h.layer, h.index] for h in sorted(heads)], axis=1)
+        found[name] = asdict(agreement(own.reshape(-1, *shape), exact))
+    return found
 
 
 def attributions(

@@ -108,9 +108,13 @@ class Swept:
     def class_vectors(self, names: Sequence[str]) -> Float[Tensor, "class d"]:
         """Zero-shot classifier of categories, by the scenes' own prompts or CLIP's seven short
         ones."""
+        return classifier(self.model, self.encoder, names, self.prompts)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of categories, with the slot `{}`."""
         scenes = isinstance(self.source, Scenes)
-        prompts = category_templates() if scenes else [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES]
-        return classifier(self.model, self.encoder, names, prompts)
+        return category_templates() if scenes else [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES]
 
     def present(self, split: str) -> Bool[np.ndarray, "image category"]:
         """Which of the manifest's categories each picture of a split shows after the crop."""

@@ -163,7 +163,9 @@ def test_ablation_of_the_champion(tiny_run, swept):
     assert report["n"] == SweepResults.load(out).manifest["counts"]["validation"]
     heads = {r["unit"] for r in rows if r["family"] == "head"}
     assert heads == set(report["estimates"]["mean"]["heads"])
-    assert report["estimates"]["mean"]["attribution"] is None  # not every head was removed
+    fit = report["estimates"]["mean"]["attribution"]["plain"]
+    assert fit["overall"]["heads"] == len(heads) and len(fit["layers"]) == 1
+    assert f"{len(heads)} heads: Pearson" in done.stdout
     assert all(Head.parse(r["head"]).layer > 0 for r in report["downstream"])
     line = refused("interp.ablate", "--ckpt", ckpt, "--results", str(out))
     assert "--overwrite" in line
