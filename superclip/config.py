@@ -41,6 +41,12 @@ def _at_least_one(options: Any, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
+def check_seed(flag: str, seed: int | None) -> None:
+    """Raises UserError for what no generator takes."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"{flag} {seed} must lie in 0..2^63 - 1")
+
+
 @dataclass(frozen=True)
 class ClipOptions:
     """Options of `--loss clip`: none."""
@@ -136,6 +142,7 @@ class DataConfig:
             raise UserError(f"--reader-timeout {self.reader_timeout} must be above 0")
         if not 0 <= self.max_skip_rate <= 1:
             raise UserError(f"--max-skip-rate {self.max_skip_rate} must lie in [0, 1]")
+        check_seed("--data-seed", self.data_seed)
         weights, parts = self.train_data_weights, self.train_data.count("::") + 1
         if weights is not None and (len(weights) != parts or not all(0 < w < 1e3 for w in weights)):
             raise UserError(
@@ -291,8 +298,7 @@ class TrainConfig(Generic[Options]):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is no time span")
         if unknown := sorted(set(self.trackers) - {"tensorboard", "wandb"}):
             raise UserError(f"--track {unknown[0]!r} is unknown; use tensorboard, wandb or both")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed} must lie in 0..2^63 - 1")
+        check_seed("--seed", self.seed)
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -384,20 +390,28 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if (self.num or 0) > 10**7:
+            raise UserError(f"--num {self.num} is more than any memory holds; at most 10^7")
+        check_seed("--data-seed", self.data_seed)
         if self.workers < 0:
             raise UserError(f"--workers {self.workers} must not be negative")
         if self.effect is not None and not 0 < self.effect < math.inf:
             raise UserError(f"--effect {self.effect} must be above 0")
-        if self.against == ():
-            raise UserError("--against is empty; name checkpoints, or leave it out")
         if self.effect is not None and self.against is None:
             raise UserError("--effect goes with --against")
         for path in (*self.ckpt, *(self.against or ())):
             if path == Path():
                 raise UserError("a checkpoint's name is empty; name a file")
-        for name in ("val_data", "zeroshot", "probe", "probe_test"):
-            if getattr(self, name) == "":
-                raise UserError(f"--{name.replace('_', '-')} is empty; name data, or leave it out")
+        for name in ("val_data", "zeroshot", "probe", "probe_test", "templates", "classnames"):
+            if getattr(self, name) in ("", Path()):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is empty; name something, or leave it out"
+                )
+        parts = (self.val_data or "").split("::")
+        if len(parts) > 1 and any(map(is_scenes, parts)):
+            raise UserError(f"--val-data {self.val_data} joins generated scenes; name one source")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"--tasks {' '.join(self.tasks)} names one twice; name each once")
         for task in ("zeroshot", "compositional", "probe"):
             named, wanted = bool(getattr(self, task)), task in self.tasks
             if named and self.tasks and not wanted:
@@ -411,8 +425,8 @@ class EvalConfig:
         for name in ("classnames", "templates"):
             if getattr(self, name) is not None and not (self.zeroshot or "zeroshot" in self.tasks):
                 raise UserError(f"--{name} goes with --zeroshot DATA")
-        if self.images is not None and not self.compositional:
-            raise UserError("--images goes with --compositional FILE")
+        if self.images is not None and not any(not is_scenes(c) for c in self.compositional):
+            raise UserError("--images goes with --compositional FILE; leave it out")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The one exception a user's mistake becomes, and how a command prints it."""
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 
 class UserError(ValueError):
@@ -39,15 +41,55 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: {parent} can't be written; name another place")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all; nothing half written stays where the disk is full."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to that takes the place of `path` whole, or not at all; nothing half written
+    stays where the disk is full."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        yield partial
         partial.replace(path)
-    except OSError:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as a whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+class _Steady:
+    """Standard output that never ends the work: once it can't be written (a closed pipe, a full
+    disk) the rest is dropped, while what was measured still reaches its file."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self.stream.write(text), flush="\n" in text) or len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: None, flush=True)
+
+    def _try(self, act: Callable[[], int | None], flush: bool) -> int | None:
+        try:
+            done = act()
+            if flush:
+                self.stream.flush()
+            return done
+        except OSError as error:
+            self.lost = error
+            # What the stream still holds must go somewhere when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
@@ -58,8 +100,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a class name in a script the terminal lacks
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout = steady = cast(Any, _Steady(sys.stdout))
     try:
         main(sys.argv[1:])
+        if steady.lost is not None and not isinstance(steady.lost, BrokenPipeError):
+            raise UserError(f"standard output: {steady.lost.strerror}; the files are written")
     except UserError as error:
         # A reader process wraps the message in its traceback; the message is its last line.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
@@ -71,7 +116,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         print(f"error: {error}; the memory may be full: use fewer --workers", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(

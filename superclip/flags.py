@@ -43,6 +43,7 @@ def parse(
         default: an instance that supplies the defaults.
         known: flag names for the "did you mean" line; taken from the dataclass where empty.
     """
+    _refuse_odd_lists(cls, argv)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -58,6 +59,23 @@ def parse(
         if not stop.code:
             raise
         raise UserError(_one_line(captured.getvalue(), known or _names(cls))) from None
+
+
+def _refuse_odd_lists(cls: Any, argv: Sequence[str]) -> None:
+    """The last of two flags wins, as shell scripts count on; of two lists that would lose items.
+
+    Raises:
+        UserError: for a list flag given twice, or with nothing after it, which tyro takes for the
+            default.
+    """
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    lists = {f"--{f.name.replace('_', '-')}" for f in fields if str(f.type).startswith("tuple[")}
+    for flag in lists:
+        found = [k for k, item in enumerate(argv) if item.partition("=")[0] == flag]
+        if len(found) > 1:
+            raise UserError(f"{flag} is given twice; give it once, with all its items")
+        if found and argv[found[0]] == flag and [*argv, "--"][found[0] + 1].startswith("--"):
+            raise UserError(f"{flag} is empty; name something, or leave it out")
 
 
 def _names(cls: Any) -> list[str]:
@@ -77,6 +95,9 @@ def _one_line(text: str, known: Sequence[str]) -> str:
     if message.startswith("Missing from"):
         missing = re.findall(r"--[\w-]+|\{[\w,]+\}", message)
         return f"required: {', '.join(missing) or message}; see --help"
+    if typed := re.match(r"Error parsing (--[\w-]+): .*(int\(\)|float)[^:]*: (.*)", message):
+        kind = "a number" if typed[2] == "float" else "a whole number"
+        return f"{typed[1]} takes {kind}, not {typed[3]}"
     return re.sub(r"^Error parsing \w+: ", "", message) or "the flags can't be read; see --help"
 
 
@@ -111,12 +132,10 @@ def _peek(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     """The value of `flag` and the remaining arguments."""
     rest, value, items = [], None, iter(argv)
     for item in items:
-        if item == flag:
-            value = next(items, None)
+        if item.partition("=")[0] == flag:
+            value = item.partition("=")[2] if "=" in item else next(items, None)
             if value is None:
                 raise UserError(f"{flag} needs a value")
-        elif item.startswith(flag + "="):
-            value = item.split("=", 1)[1]
         else:
             rest.append(item)
     return value, rest

@@ -3,6 +3,8 @@
 import fcntl
 import io
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -14,7 +16,8 @@ from PIL import Image
 from superclip.config import is_scenes, train_config
 from superclip.data.shards import Shards
 from superclip.data.sources import open_source
-from superclip.errors import UserError, check_writable
+from superclip.errors import UserError, check_writable, replacing
+from superclip.evaluate import main as evaluate_main
 
 WORDS = "superclip.train --train-num-samples 256 --batch-size 32 --head-vocab seen --log-every 4"
 
@@ -24,7 +27,7 @@ def test_a_diverged_model_has_no_recall(tiny_run, tmp_path):
     content["state_dict"]["visual.proj"].fill_(float("nan"))
     torch.save(content, tmp_path / "nan.pt")
     line = refused("superclip.evaluate", "--ckpt", str(tmp_path / "nan.pt"), "--num", "100")
-    assert "not finite" in line and not list(tmp_path.glob("*.json"))
+    assert "visual.proj is not finite" in line and not list(tmp_path.glob("*.json"))
 
 
 def test_a_kill_before_the_final_file_is_mended(tiny_run, tmp_path):
@@ -48,6 +51,56 @@ def test_overwrite_with_a_mistake_deletes_nothing(tiny_run, tmp_path):
     assert "did you mean" in refused(*words, "--model", "scenes-vitt")
     assert "larger than the data" in refused(*words, "--batch-size", "9999")
     assert (tmp_path / "final_epoch.pt").exists()
+
+
+def test_a_reader_that_leaves_or_a_full_disk_loses_no_report(tiny_run, tmp_path):
+    """`| head -1` and a full /dev/full: what was measured is written all the same."""
+    words = ["-m", "superclip.evaluate", "--ckpt", str(tiny_run / "final_epoch.pt")]
+    words = [sys.executable, *words, "--num", "60", "--tasks", "retrieval"]
+    at = tmp_path / "piped.json"
+    with subprocess.Popen([*words, "--out", str(at)], stdout=-1, stderr=-1, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        said = run.stderr.read()
+    assert run.returncode == 0 and "error" not in said, said
+    assert json.loads(at.read_text())["results"][0]["rows"]
+    with open("/dev/full", "w") as full:
+        at = tmp_path / "full.json"
+        done = subprocess.run([*words, "--out", str(at)], stdout=full, stderr=-1, text=True)
+    assert done.returncode == 2 and json.loads(at.read_text())["results"]
+    line = done.stderr.strip().splitlines()[-1]
+    assert line == "error: standard output: No space left on device; the files are written"
+
+
+def test_nothing_half_written_stays(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("before")
+    with pytest.raises(OSError) as caught, replacing(path) as partial:
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--num x", "--num takes a whole number, not 'x'"),
+        ("--effect much", "--effect takes a number, not 'much'"),
+        ("--ckpt", "--ckpt is empty"),
+        ("--ckpt --num 50", "--ckpt is empty"),
+        ("--ckpt a.pt --ckpt b.pt", "--ckpt is given twice; give it once, with all its items"),
+        ("--ckpt /dev/null", "/dev/null is no file"),
+        ("--ckpt .", "a checkpoint's name is empty"),
+        ("--ckpt superclip", "superclip is no file; name a checkpoint"),
+        ("--ckpt no/seed*.pt", "does not exist; leave a pattern unquoted"),
+    ],
+)
+def test_flags_that_cannot_be_read(words, said):
+    with pytest.raises(UserError) as caught:
+        evaluate_main(words.split())
+    assert said in str(caught.value)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

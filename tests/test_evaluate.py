@@ -198,7 +198,14 @@ def test_plain_weights_on_either_side(model, tmp_path):
         ({"effect": -1.0}, "--effect"),
         ({"effect": 1.0}, "--effect goes with --against"),
         ({"split": "train", "val_data": "scenes:val"}, "--split train changes nothing"),
-        ({"against": ()}, "--against is empty"),
+        ({"images": Path("x"), "compositional": ("scenes:val",)}, "--images goes with"),
+        ({"tasks": ("retrieval", "retrieval")}, "names one twice"),
+        ({"templates": "", "zeroshot": "x"}, "--templates is empty"),
+        ({"classnames": Path("no"), "zeroshot": "scenes"}, "--classnames no: No such file"),
+        ({"val_data": "scenes::scenes:val"}, "joins generated scenes"),
+        ({"val_data": "coco"}, "write coco:FOLDER"),
+        ({"data_seed": -1}, "--data-seed -1 must lie in"),
+        ({"num": 10**12}, "at most"),
         ({"device": "meta"}, "can't compute"),
         ({"tasks": ("zeroshot",), "pool": 20}, "--pool changes nothing for zeroshot"),
         ({"tasks": ("compositional",), "protocol": "flickr"}, "--protocol changes nothing"),
@@ -211,4 +218,4 @@ def test_plain_weights_on_either_side(model, tmp_path):
 )
 def test_requests_that_cannot_be_met_name_the_way_out(options, said, tiny_run):
     with pytest.raises(UserError, match=said):
-        evaluate(EvalConfig(ckpt=(tiny_run / "final_epoch.pt",), num=60, **options))
+        evaluate(EvalConfig(**{"ckpt": (tiny_run / "final_epoch.pt",), "num": 60} | options))

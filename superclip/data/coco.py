@@ -89,7 +89,10 @@ def find_splits(root: Path) -> list[str]:
         if (root / captions).is_file():
             return [UNSPLIT]
     tried = ", ".join(captions for captions, _, _ in LAYOUTS)
-    raise UserError(f"{root} is no COCO folder: none of {tried} is there")
+    raise UserError(
+        f"{root} is no COCO folder: none of {tried} is there; write coco:FOLDER or "
+        "coco:FOLDER:SPLIT"
+    )
 
 
 def held_out_split(root: Path, split: str) -> str:

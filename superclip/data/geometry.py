@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from superclip.errors import UserError
 
@@ -178,6 +178,12 @@ def _random_rectangle(
     return x0, y0, x1, y1
 
 
+def _cause(error: Exception) -> str:
+    """Pillow names a picture that it can't tell by an address in memory."""
+    unknown = isinstance(error, UnidentifiedImageError)
+    return "it is no picture of a known format" if unknown else str(error)
+
+
 def picture_size(picture: bytes | np.ndarray) -> tuple[int, int]:
     """Width and height after any EXIF transpose, from the header alone.
 
@@ -190,7 +196,7 @@ def picture_size(picture: bytes | np.ndarray) -> tuple[int, int]:
         image = Image.open(io.BytesIO(picture))
         turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED
     except _DECODER_ERRORS as error:
-        raise BadPicture(f"unreadable header ({error})") from error
+        raise BadPicture(f"unreadable header ({_cause(error)})") from error
     width, height = image.size
     return (height, width) if turned else (width, height)
 
@@ -214,7 +220,7 @@ def render(
     except BadPicture:
         raise
     except _DECODER_ERRORS as error:
-        raise BadPicture(f"cannot be decoded ({error})") from error
+        raise BadPicture(f"cannot be decoded ({_cause(error)})") from error
     if geometry.flip:
         part = part[:, :, ::-1]
     if part.shape[1:] == (geometry.size, geometry.size):

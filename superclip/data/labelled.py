@@ -282,20 +282,21 @@ def _beside(folders: Sequence[Path], name: str) -> list[str] | None:
     return None if path is None else text_lines(path)
 
 
-def text_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped.
+def text_lines(path: Path, flag: str = "") -> list[str]:
+    """The lines of a text file, stripped; `flag` named it.
 
     Raises:
         UserError: if it is absent, empty or no text.
     """
+    where = f"{flag} {path}".lstrip()
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{where}: {error.strerror}; name a text file") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text file; write one entry a line") from None
+        raise UserError(f"{where} is no text file; write one entry a line") from None
     if not text:
-        raise UserError(f"{path} is empty; write one entry a line")
+        raise UserError(f"{where} is empty; write one entry a line")
     return [line.strip() for line in text.splitlines()]
 
 

@@ -126,8 +126,8 @@ def open_source(spec: str, num: int | None = None, seed: int = 0, held_out: bool
     if "::" in spec:
         if num is not None:
             raise UserError(
-                f"--train-num-samples {num} does not say of which source; leave it out, and use "
-                "--train-data-weights to have less of one"
+                f"{num} pictures of {spec}: not said of which source; leave the number out "
+                "(in training, --train-data-weights takes less of one)"
             )
         return Mixture([open_source(part, None, seed, held_out) for part in spec.split("::")])
     kind, _, rest = spec.partition(":")

@@ -202,5 +202,8 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def _finite(features: Tensor) -> Tensor:
     if not bool(features.isfinite().all()):
-        raise UserError("the model's features are not finite: it has diverged; lower --lr")
+        raise UserError(
+            "the model's features are not finite: it has diverged (train at a lower --lr), or "
+            "--precision is too low for it"
+        )
     return features

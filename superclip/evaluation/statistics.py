@@ -18,6 +18,7 @@ from jaxtyping import Float
 from superclip.evaluation.measures import Mean, MeanAveragePrecision, Measure
 
 LEVEL = 0.95
+BOOTSTRAP = "paired bootstrap"
 _BLOCK = 2**24  # weights drawn at a time: 128 MB
 
 
@@ -84,7 +85,9 @@ class Difference:
     Attributes:
         first, second: means over seeds.
         value, low, high: the difference and its 95 % interval.
-        p: two-sided. test: how it was found.
+        p: two-sided. test: how it was found. freedom: degrees of freedom of its t (None: none).
+        least_p: the smallest p that the test allows; of several seeds, that which relabelling
+            them allows, while t reaches below by taking seeds for normal.
         seeds: models of each arm. paired: whether they share seeds and initial weights.
         power: chance that this test finds a true difference of `effect`. detectable: the true
             difference that it finds in 80 % of cases. None where no draw differs from another, so
@@ -101,6 +104,8 @@ class Difference:
     high: float
     p: float
     test: str
+    freedom: float | None
+    least_p: float | None
     seeds: tuple[int, int]
     paired: bool
     effect: float
@@ -167,7 +172,7 @@ def _compare(
     arms = [np.array([m.statistic.value for m in arm]) for arm in (first, second)]
     value = float(arms[0].mean() - arms[1].mean())
     single, drawn = len(first) == len(second) == 1, a[0] - b[0]
-    sure = least = None
+    sure = least = floor = None
     if single:
         low, high = map(float, np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         error, freedom = float(np.nanstd(drawn)), math.inf
@@ -182,10 +187,12 @@ def _compare(
         sure, least = mcnemar_power(effect, gains, queries), mcnemar_detectable(gains, queries)
     elif single:
         below, above = (drawn <= 0).sum(), (drawn >= 0).sum()
-        p = min(1.0, 2 * (1 + float(min(below, above))) / (1 + len(drawn)))
-        test = "paired bootstrap"
+        floor = 2 / (1 + len(drawn))
+        p = min(1.0, (1 + float(min(below, above))) * floor)
+        test = BOOTSTRAP
     else:
         p, test = _two_sided(value, error, freedom), "t over seeds and pictures"
+        floor = least_p((len(first), len(second)), paired)
     if error > 0 and sure is None:
         sure, least = power(effect, error, freedom), detectable(error, freedom)
     return Difference(
@@ -197,6 +204,8 @@ def _compare(
         high=high,
         p=p,
         test=test,
+        freedom=None if single or math.isinf(freedom) else freedom,
+        least_p=floor,
         seeds=(len(first), len(second)),
         paired=paired,
         effect=effect,

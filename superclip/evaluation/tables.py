@@ -9,7 +9,7 @@ from typing import Any
 
 from superclip.errors import UserError
 from superclip.evaluation.measures import Measure, Result
-from superclip.evaluation.statistics import LEVEL, Interval, comparisons, intervals
+from superclip.evaluation.statistics import BOOTSTRAP, LEVEL, Interval, comparisons, intervals
 
 SCHEMA = 2
 DIFFERENT = re.compile("(this checkpoint is )?(better|worse)")
@@ -71,7 +71,9 @@ def differences_of(
     for row, p in zip(rows, adjusted):
         row["p_holm"] = float(p)
         if p > 1 - LEVEL and DIFFERENT.search(row["verdict"]):
-            row["verdict"] = DIFFERENT.sub("not after Holm", row["verdict"])
+            few = row["test"] == BOOTSTRAP and row["p"] <= row["least_p"]
+            said = "not told by so few --bootstrap draws" if few else "not after Holm"
+            row["verdict"] = DIFFERENT.sub(said, row["verdict"])
     return rows
 
 

@@ -70,7 +70,7 @@ def _imagenet() -> dict[str, str]:
 
 
 def _names_of_file(classes: Sequence[str], file: Path) -> list[str]:
-    lines = text_lines(file)
+    lines = text_lines(file, "--classnames")
     if lines[0].startswith(("{", "[")):
         try:
             named = json.loads("\n".join(lines))
@@ -130,7 +130,7 @@ def templates(spec: str | None, data: LabelledSource) -> list[str]:
     if spec is not None and not Path(spec).exists():
         raise UserError(f"--templates {spec!r} is no file; {nearest(spec, BUILT_IN)}")
     where = f"--templates {spec}" if spec else f"{data.name}'s own templates"
-    lines = data.templates if spec is None else text_lines(Path(spec))
+    lines = data.templates if spec is None else text_lines(Path(spec), "--templates")
     assert lines is not None
     found = [line.replace("{c}", SLOT) for line in lines if line]
     if lacking := [line for line in found if SLOT not in line]:

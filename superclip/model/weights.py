@@ -13,6 +13,7 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -46,8 +47,11 @@ def read_tensors(path: Path, check: bool = True) -> Any:
     Raises:
         UserError: if the file is missing, cut, or holds anything but tensors and plain values.
     """
+    if not path.exists():
+        quoted = "; leave a pattern unquoted" if re.search(r"[*?[]", path.name) else ""
+        raise UserError(f"{path} does not exist{quoted}")
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} is no file; name a checkpoint, as final_epoch.pt")
     if check and (damage := damage_of(path)) is not None:
         raise UserError(f"{path} is not a readable checkpoint: {damage}")
     try:
@@ -180,6 +184,7 @@ def load_plain(model: str, pretrained: str | None = None, path: Path | None = No
     config = model_config(model)
     clip = build_clip(config)
     tag = load_pretrained(clip, model, config, pretrained or str(path))
+    refuse_nonfinite(clip.state_dict(), path or f"{model} {pretrained}")
     preprocess = preprocess_for(config, "crop", tag)
     return Checkpoint(
         path or Path(f"{model}-{pretrained}"),
@@ -206,6 +211,16 @@ def load_into(module: torch.nn.Module, state: dict[str, Tensor], path: Path) -> 
         raise UserError(
             f"{path}: the weights are of another architecture: {' '.join(lines[:2])[:240]}"
         ) from None
+    refuse_nonfinite(state, path)
+
+
+def refuse_nonfinite(state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Raises UserError naming the first weight that is NaN or infinite."""
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{path}: {name} is not finite; the model has diverged, give an earlier checkpoint"
+            )
 
 
 def token_head_state(head: TokenHead | None) -> dict[str, Any] | None:
@@ -271,14 +286,18 @@ def resumable(folder: Path) -> list[Path]:
 
 
 def steps_of(path: Path) -> int:
-    """Optimizer steps behind an `epoch_K.pt` or `step_N.pt`, by its name and its run's epochs."""
+    """Optimizer steps behind an `epoch_K.pt` or `step_N.pt`: by its name and its run's epochs, or,
+    where `run.json` does not say, by what the file holds."""
     match = NUMBERED.fullmatch(path.name)
     assert match, f"{path.name} has no number"
-    per_epoch = 1
-    if match[1] == "epoch":
-        try:
-            run = json.loads((path.parent / "run.json").read_text())
-            per_epoch = int(run["steps_per_epoch"])
-        except (OSError, ValueError, KeyError):
-            per_epoch = 1
-    return int(match[2]) * per_epoch
+    if match[1] == "step":
+        return int(match[2])
+    try:
+        run = json.loads((path.parent / "run.json").read_text())
+        return int(match[2]) * int(run["steps_per_epoch"])
+    except (OSError, ValueError, LookupError, TypeError):
+        content = read_tensors(path, check=False)
+    try:
+        return int(content["training"]["step"])
+    except (LookupError, TypeError):
+        raise UserError(f"{path} holds no count of steps, and no run.json tells them") from None

@@ -250,6 +250,6 @@ def _finite(features: Float[Tensor, "n d"], what: str) -> Float[Tensor, "n d"]:
         row = int((~features.isfinite().all(1)).nonzero()[0])
         raise UserError(
             f"{what} features are not finite (first in row {row}), so nothing can be ranked: the "
-            "model has diverged; lower --lr"
+            "model has diverged (train at a lower --lr)"
         )
     return features

@@ -83,7 +83,7 @@ def test_weights_of_one_source():
 def test_what_makes_no_mixture(two, tmp_path):
     with pytest.raises(UserError, match=r"sources 1 and 2 .* are the same data.*--train-data-w"):
         open_source(f"{two[0]}::{two[0]}")
-    with pytest.raises(UserError, match="--train-num-samples 5 does not say of which source"):
+    with pytest.raises(UserError, match=r"5 pictures of .*: not said of which source"):
         open_source("::".join(two), num=5)
     with pytest.raises(UserError, match="missing"):
         open_source(f"{two[0]}::{tmp_path}/none.tar")

@@ -244,3 +244,27 @@ def test_better_is_said_of_what_holm_leaves_alone():
     assert rows[0]["verdict"] == said
     lines = difference_lines(rows)
     assert lines[0].index("verdict") == lines[1].index(said) and "McNemar" in lines[-1]
+
+
+def test_too_few_draws_are_named_where_they_decide():
+    """The least p of a bootstrap is 2 / (draws + 1): of ten rows none can pass Holm with 100."""
+    rng = np.random.default_rng(1)
+    picture, low = np.arange(200), rng.random(200)
+    arms = [
+        [Measure(f"row {k}", Mean(values, picture, 200), 0.0) for k in range(10)]
+        for values in (low + 1, low)
+    ]
+    results = [[[Result("toy", {"name": "toy"}, arm)]] for arm in arms]
+    few, enough = (
+        differences_of(*results, paired=False, effect=2.0, draws=draws)[0] for draws in (100, 999)
+    )
+    assert few["p"] == few["least_p"] == pytest.approx(2 / 101)
+    assert few["verdict"] == "not told by so few --bootstrap draws; of the recipes: descriptive"
+    assert enough["verdict"] == "this checkpoint is better; of the recipes: descriptive"
+
+
+def test_what_seeds_alone_would_allow_stands_beside_t():
+    rng = np.random.default_rng(3)
+    found = compare(*models(rng, 4, 1.0, 0.0), paired=False, effect=0.02, draws=200)
+    assert found.p < found.least_p == pytest.approx(2 / 70)
+    assert found.freedom is None or found.freedom > 2

@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,13 @@ from superclip.model.factory import (
     tokenizer,
 )
 from superclip.model.superclip import SuperCLIP, TokenHead
-from superclip.model.weights import load_checkpoint, newest_checkpoint, read_tensors, state_sha256
+from superclip.model.weights import (
+    load_checkpoint,
+    newest_checkpoint,
+    read_tensors,
+    state_sha256,
+    steps_of,
+)
 from superclip.training.utilization import pair_flops
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -195,6 +202,22 @@ def test_damaged_checkpoints_get_one_line(tiny_run, tmp_path):
     torch.save({"state_dict": other}, tmp_path / "plain.pt")
     with pytest.raises(UserError, match="need --model NAME"):
         load_checkpoint(tmp_path / "plain.pt")
+
+
+def test_steps_of_an_epoch_without_a_sound_run_json(tiny_run, tmp_path):
+    """256 pictures in batches of 32: the file itself counts 8 steps."""
+    epoch = tmp_path / "epoch_1.pt"
+    shutil.copy(tiny_run / "epoch_1.pt", epoch)
+    for text in (None, "[]", "null", '{"steps_per_epoch": null}', "cut"):
+        if text is not None:
+            (tmp_path / "run.json").write_text(text)
+        assert steps_of(epoch) == 8
+    (tmp_path / "run.json").write_text('{"steps_per_epoch": 12}')
+    assert steps_of(epoch) == 12
+    (tmp_path / "run.json").unlink()
+    torch.save({"state_dict": {}}, epoch)
+    with pytest.raises(UserError, match="no count of steps"):
+        steps_of(epoch)
 
 
 def test_newest_checkpoint_is_numeric(tmp_path):
