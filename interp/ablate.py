@@ -60,30 +60,57 @@ def ablate_course(config: AblateConfig) -> None:
 
     if config.results is not None or config.model is not None:
         raise UserError("--results and --model go with one checkpoint; a pattern finds its sweeps")
+    if config.sets is not None:
+        raise UserError("--sets goes with one checkpoint; leave it out of a course")
     assert config.ckpt is not None
     checkpoints = timeline.numbered(config.ckpt)
-    standing = [default_folder(path) / "ablation.json" for _, path in checkpoints]
-    if not config.overwrite and (there := [str(path) for path in standing if path.exists()]):
-        raise UserError(f"{there[0]} exists; --overwrite replaces it (banks are gone on with)")
+    steps, folder = [step for step, _ in checkpoints], config.ckpt.parent
+    courses = {kind: folder / f"course-{kind}-ablation.json" for kind in config.kinds}
+    for path in courses.values():
+        timeline.refuse_other_course(path, steps, config.overwrite)
     champion = None
     for step, path in reversed(checkpoints):
-        print(f"step {step}: {path}", flush=True)
         also = "champion" if champion is None else champion
         every = "heads" in config.units.split(",")
         units = config.units if every else f"{config.units},{also}"
-        # Banks are kept: what is computed already is only read again.
-        given = replace(config, ckpt=path, units=units, sets=0, overwrite=True)
-        report, _ = ablate_one(given)
+        given = replace(config, ckpt=path, units=units, sets=0)
+        report = None if config.overwrite else standing(given)
+        if report is None:
+            print(f"step {step}: {path}", flush=True)
+            report, _ = ablate_one(given)
         champion = champion or report["champion"]
     assert champion is not None
-    folders = [path.parent for path in standing]
-    steps = [step for step, _ in checkpoints]
-    for kind in config.kinds:
+    folders = [default_folder(path) for _, path in checkpoints]
+    for kind, path in courses.items():
         told = Head.parse(champion), kind, config.draws, config.seed
         course = timeline.dependence(steps, folders, *told)
-        path = config.ckpt.parent / f"course-{kind}-ablation.json"
         replace_text(path, json.dumps(course, indent=1, sort_keys=True) + "\n")
         print("", timeline.render(course), f"written: {path}", sep="\n")
+
+
+def standing(config: AblateConfig) -> dict[str, Any] | None:
+    """A report that stands beside the sweep and is what is asked for now; None if there is none.
+
+    Raises:
+        UserError: if it is one of another sweep, or of other options.
+    """
+    from interp.removal import SCHEMA, asked
+    from interp.results import SweepResults
+    from interp.subject import default_folder
+    from interp.swept import tie
+
+    path = default_folder(config.ckpt) / "ablation.json"
+    if not path.exists():
+        return None
+    wanted = {"schema": SCHEMA, "asked": asked(config)} | tie(SweepResults.load(path.parent))
+    try:
+        report = json.loads(path.read_text())
+        unlike = [name for name in wanted if report.get(name) != wanted[name]]
+    except (ValueError, AttributeError):
+        unlike, report = ["content"], {}
+    if unlike:
+        raise UserError(f"{path} is another report ({unlike[0]} differs); --overwrite replaces it")
+    return report
 
 
 def render(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from superclip.config import check_seed
 from superclip.errors import UserError
 
 Kind = Literal["class", "patches"]
@@ -126,11 +127,12 @@ class AblateConfig(OfSweep):
     attributed:K (K heads of the largest attribution on discovery)."""
     kinds: tuple[Literal["mean", "resample", "zero"], ...] = ("mean", "resample", "zero")
     """What stands in: the mean over discovery pictures, another picture's output, nothing."""
-    resamples: int = 3
-    """Other pictures that each picture's outputs are replaced by, in turn; effects are averaged."""
-    sets: int = 20
+    resamples: int | None = None
+    """Other pictures that each picture's outputs are replaced by, in turn; effects are averaged.
+    Default: 3."""
+    sets: int | None = None
     """Random sets of as many heads, to set the removal of the four best heads together against (by
-    mean ablation). 0 leaves this out."""
+    mean ablation). 0 leaves this out. Default: 20."""
     tokens: Literal["all", "class"] = "all"
     """Replace the heads' outputs at every token or at the class token only."""
     downstream: bool = False
@@ -140,12 +142,23 @@ class AblateConfig(OfSweep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("sets", 0), ("resamples", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise UserError("--kinds needs one or more of mean, resample, zero, each once")
+        for name, least, kind in (("sets", 0, "mean"), ("resamples", 1, "resample")):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} {value} must be at least {least}")
+            if value and kind not in self.kinds:
+                raise UserError(f"--{name} goes with --kinds {kind}; leave it out")
         _check_memory(self.max_memory)
+
+    @property
+    def resamples_drawn(self) -> int:
+        return 3 if self.resamples is None else self.resamples
+
+    @property
+    def sets_drawn(self) -> int:
+        return 20 if self.sets is None else self.sets
 
 
 @dataclass(frozen=True)
@@ -249,6 +262,10 @@ class ReportConfig:
 
 def _check_sizes(config: SweepConfig | OfSweep) -> None:
     """What all commands need; fewer than 99 draws make no 95 % interval."""
+    check_seed("--seed", config.seed)
+    for name in ("ckpt", "results", "out"):
+        if getattr(config, name, None) == Path():
+            raise UserError(f"--{name} is empty; name something, or leave it out")
     for name, least in (("draws", 99), ("batch_size", 1), ("threads", 1)):
         value = getattr(config, name)
         if value is not None and value < least:

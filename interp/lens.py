@@ -76,7 +76,12 @@ def choose_words(spec: str | None, told: Sequence[str], categories: Sequence[str
         raise UserError(f"--concepts {spec!r} names no word; write them like table,woman")
     count = {name: sum(f" {name} " in text for text in told) for name in names or categories}
     if spec is None:
-        return sorted(filter(count.get, categories), key=lambda name: -count[name])[:MOST]
+        spoken = sorted(filter(count.get, categories), key=lambda name: -count[name])[:MOST]
+        if not spoken:
+            raise UserError(
+                "no caption holds the name of an annotated category; name words with --concepts"
+            )
+        return spoken
     for name in names:
         if not count[name]:
             known = {word for text in told for word in text.split()}
@@ -104,7 +109,10 @@ def read_layers(swept: Swept, config: LensConfig) -> dict[str, Any]:
     left_out = {name: of for name, of in sides.items() if min(of.values()) < FEWEST}
     holds = {name: held for name, held in holds.items() if name not in left_out}
     if not holds:
-        raise UserError(f"--concepts: no word can be judged. {_too_few(left_out)}")
+        raise UserError(
+            f"no word can be judged. {_too_few(left_out)}; name others with --concepts, or sweep "
+            "more pictures"
+        )
     lens, source, facts = open_lens(swept, config.lens, list(holds), spoken["discovery"])
     batches = swept.batches(swept.rows("discovery"), "discovery")
     forms = fit(lens, torch.cat([read(swept.tower, images, source)[0] for images in batches]))

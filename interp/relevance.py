@@ -129,6 +129,7 @@ def league(
     from interp.analysis import top_heads
     from interp.grounding import baselines, metrics
     from interp.grounding.metrics import PairScores
+    from interp.lenses.emergence import unit_band
     from interp.stats.intervals import influence_values, simultaneous_band
     from interp.stats.pairing import pairing_test
 
@@ -140,10 +141,14 @@ def league(
         maps = np.concatenate([found[split], *beside], axis=1, dtype=np.float64)
         return maps, results.coverage[at], results.valid[at], results.stratum[at].astype(np.int64)
 
-    def bands(values: np.ndarray, labels: np.ndarray, lost: int = 1) -> list[Row]:
+    def bands(values: np.ndarray, labels: np.ndarray, lost: int = 1, share: bool = False):
         whole = np.isfinite(values).all(axis=1)  # an AUROC needs an object and something else
         labels = labels if whole.all() else np.where(whole, 0, -1)
-        band = simultaneous_band(values, labels, lost, draws, seed)
+        if share:  # never leaves [0, 1]
+            kept = labels >= 0
+            band = unit_band(values[kept], labels[kept], int(kept.sum()), draws, seed)
+        else:
+            band = simultaneous_band(values, labels, lost, draws, seed)
         ends = zip(band.estimate.tolist(), band.low.tolist(), band.high.tolist())
         return [{"estimate": e, "low": low, "high": high, "n": band.n} for e, low, high in ends]
 
@@ -166,12 +171,12 @@ def league(
     test = pairing_test(pairs, stratum, draws, seed)
     columns = {
         "map": names,
-        "mass": bands(metrics.in_box_mass(maps, *boxes), stratum),
+        "mass": bands(metrics.in_box_mass(maps, *boxes), stratum, share=True),
         "excess": bands(excess, stratum, lost=2),
         "p": test.p.tolist(),
         "p_adjusted": test.p_adjusted.tolist(),
-        "auroc": bands(auroc, stratum),
-        "pointing": bands(metrics.pointing(maps, hits, boxes[1]), stratum),
+        "auroc": bands(auroc, stratum, share=True),
+        "pointing": bands(metrics.pointing(maps, hits, boxes[1]), stratum, share=True),
         "power": powers,
         "excess_at_power": bands(influence_values(sharp, stratum), stratum, lost=2),
         "discovery_excess": metrics.excess(PairScores(drawn, *known), strata).mean(0).tolist(),
@@ -192,7 +197,8 @@ def league(
     if "pairs" in found:
         for name, values in specificity(results, found["pair_rows"], found["pairs"]).items():
             one = np.zeros(len(values), np.int64)
-            for method, band in zip(found["pair_methods"], bands(values, one)):
+            own = bands(values, one, share=name == "category_auroc")
+            for method, band in zip(found["pair_methods"], own):
                 rows[methods.index(method)][name] = band
     return {
         "n": len(maps),

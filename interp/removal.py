@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +39,8 @@ ALL: dict[str, Literal["head", "mlp", "attention", "layer"]] = {
     "attentions": "attention",
     "layers": "layer",
 }
+MAP_DRAWS = 1000
+"""Bootstrap draws of a mean average precision, at most: each ranks all pictures anew."""
 Roles = dict[str, str]
 
 
@@ -54,15 +57,15 @@ def ablate_units(
     from interp.causal.findings import Judge, champion_said, intact, judged
 
     units, roles = choose_units(config, swept)
-    asked, judge = questions(swept), Judge(config.draws, config.seed)
+    answers, judge = questions(swept), Judge(config.draws, config.seed)
     rows, base, said, changes = [], {}, {}, {}
     sets = _random_sets(swept.results, config)
     champion = str(top_heads(swept.results, 1)[0])
     for kind in config.kinds:
         ablation = _ablation(swept, kind, units, config)
         removed = units + (sets if kind == "mean" else [])
-        bank = fill_bank(swept, ablation, removed, asked.head is not None, config)
-        found = _effects(bank, asked, config)
+        bank = fill_bank(swept, ablation, removed, answers.head is not None, config)
+        found = _effects(bank, answers, config)
         rows += judged(_without(found, len(units)), units, roles, kind, judge)
         base = intact(found, judge)
         margins = found.change("margin").astype(np.float32)
@@ -70,13 +73,15 @@ def ablate_units(
         if kind == "mean" and sets:
             said["sets"] = _sets(found, len(units), sets, judge)
         if kind != "resample":
-            said[kind] = _estimates(swept, ablation, units, found, asked, judge)
+            said[kind] = _estimates(swept, ablation, units, found, answers, judge)
     report = swept.tie | {
         "schema": SCHEMA,
+        "asked": asked(config),
         "n": len(swept.rows("validation")),
         "tokens": config.tokens,
         "draws": config.draws,
-        "resamples": config.resamples if "resample" in config.kinds else None,
+        "map_draws": min(config.draws, MAP_DRAWS),
+        "resamples": config.resamples_drawn if "resample" in config.kinds else None,
         "intact": base,
         "units": rows,
         "champion": champion,
@@ -87,6 +92,16 @@ def ablate_units(
     if config.downstream:
         report["downstream"] = _downstream(swept, units, config, judge)
     return report, changes
+
+
+def asked(config: AblateConfig) -> dict[str, Any]:
+    """The options that decide the numbers."""
+    names = ("units", "tokens", "seed", "draws", "downstream")
+    return {name: getattr(config, name) for name in names} | {
+        "kinds": sorted(config.kinds),
+        "resamples": config.resamples_drawn,
+        "sets": config.sets_drawn,
+    }
 
 
 def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]:
@@ -113,8 +128,8 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
     for part in (p.strip() for p in config.units.split(",")):
         name, _, count = part.partition(":")
         if name in ("random", "top", "attributed"):
-            if not count.isdigit() or int(count) < 1:
-                raise UserError(f"--units {part}: write {name}:K with K at least 1")
+            if not count.isdecimal() or not 1 <= int(count) <= len(heads):
+                raise UserError(f"--units {part}: write {name}:K with K from 1 to {len(heads)}")
             if name == "random":
                 wanted_random += int(count)
             elif name == "top":
@@ -129,22 +144,36 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
             for unit in every(cfg, ALL[part]):
                 found.setdefault(unit.name, unit)
         elif "+" in part:
-            several = [Head.parse(one) for one in part.split("+")]
+            several = [_head(one) for one in part.split("+")]
             if len(set(several)) < len(several):
                 raise UserError(f"--units {part} names a head twice; name each once")
             if absent := [head for head in several if head not in heads]:
                 raise _no_head(absent[0], cfg)
-            found.setdefault(part, group(several, part))
-        elif part[:1] == "L":
-            add(Head.parse(part), "listed")
+            together = group(several)
+            found.setdefault(together.name, together)
+        elif re.match("[lL][0-9]", part):
+            add(_head(part), "listed")
         else:
-            raise UserError(f"--units {part!r}: {nearest(part, [*ALL, 'champion', 'L11H5'])}")
+            ways = [*ALL, "champion", "L11H5", "L3H1+L2H0", "top:K", "random:K", "attributed:K"]
+            raise UserError(f"--units {part!r}: {nearest(part, ways)}")
     rest = [head for head in heads if str(head) not in found]
+    if wanted_random > len(rest):
+        raise UserError(
+            f"--units random: {wanted_random} other heads are asked for, {len(rest)} are not named "
+            "already"
+        )
     rng = np.random.Generator(np.random.Philox(key=[config.seed, 0xAB1]))
     for k in rng.permutation(len(rest))[:wanted_random]:
         add(rest[int(k)], "random")
     roles[str(top_heads(results, 1)[0])] = "champion"
     return list(found.values()), roles
+
+
+def _head(text: str) -> Head:
+    try:
+        return Head.parse(text)
+    except UserError as error:
+        raise UserError(f"--units {error}") from None
 
 
 def _no_head(head: Head, cfg: TowerConfig) -> UserError:
@@ -220,7 +249,7 @@ def fill_bank(
         ablation,
         units,
         swept.ids("discovery") if kind == "mean" else None,
-        derangements(len(ids), config.resamples, config.seed) if several else None,
+        derangements(len(ids), config.resamples_drawn, config.seed) if several else None,
         patches and head is not None and head.source == "patches",
     )
     # A bank of other units or tokens may have taken hours: each has a folder of its own.
@@ -243,7 +272,7 @@ def fill_bank(
 def _effects(bank: AblationBank, asked: Questions, config: AblateConfig) -> Effects:
     from interp.causal.effects import effects
 
-    return effects(bank, asked, min(config.draws, 1000), config.seed)
+    return effects(bank, asked, min(config.draws, MAP_DRAWS), config.seed)
 
 
 def _without(found: Effects, count: int) -> Effects:
@@ -265,10 +294,12 @@ def _random_sets(results: SweepResults, config: AblateConfig) -> list[Unit]:
     layers, heads = results.shape
     top = top_heads(results, GROUP)
     rest = [h for h in (Head(*divmod(k, heads)) for k in range(layers * heads)) if h not in top]
-    if config.sets == 0 or len(rest) < GROUP:
+    if config.sets_drawn == 0 or len(rest) < GROUP:
         return []
     rng = np.random.Generator(np.random.Philox(key=[config.seed, 0xAB2]))
-    drawn = [[rest[int(k)] for k in rng.permutation(len(rest))[:GROUP]] for _ in range(config.sets)]
+    drawn = [
+        [rest[int(k)] for k in rng.permutation(len(rest))[:GROUP]] for _ in range(config.sets_drawn)
+    ]
     return [group(top, "top set"), *(group(own, f"set {k}") for k, own in enumerate(drawn))]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp.config import ReportConfig, SweepConfig
 from interp.heads import Head
-from superclip.errors import UserError, run_command
+from superclip.errors import UserError, replacing, run_command
 
 if TYPE_CHECKING:
     from interp.render.page import Sheet
@@ -41,9 +41,8 @@ def main(argv: list[str]) -> None:
     files = pages(folders, out, sheets, challenger)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     for sheet in sheets:
         print(f"{sheet.name}: {sheet.answer[0]}")
     for path, content in files.items():

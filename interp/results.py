@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float16, Float32, Int, Int16, Int32, UInt8
 
-from superclip.errors import UserError
+from superclip.errors import UserError, replace_text, replacing
 
 SCHEMA = 1
+MANIFEST = {"schema", "kind", "checkpoint", "tower", "data", "split", "counts", "untrained"}
+MANIFEST |= {"categories", "saliency", "seed", "draws", "images_sha256"}
 METRICS = ("in_box_mass", "excess", "patch_auroc", "normalised_mass", "pointing")
 
 
@@ -99,13 +103,10 @@ class SweepResults:
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         manifest, metrics = arrays.pop("manifest"), arrays.pop("metrics")
         arrays |= {f"metric_{name}": values for name, values in metrics.items()}
-        partial = folder / ".results.npz.partial"
-        with partial.open("wb") as file:
+        with replacing(folder / "results.npz") as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        partial.replace(folder / "results.npz")
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-        (folder / ".results.json.partial").write_text(text)
-        (folder / ".results.json.partial").replace(folder / "results.json")
+        replace_text(folder / "results.json", text)
 
     @staticmethod
     def load(folder: Path) -> SweepResults:
@@ -134,24 +135,48 @@ class SweepResults:
             raise UserError(
                 f"{folder}: the results can't be read ({error}); run the sweep again"
             ) from None
-        expected = {f.name for f in dataclasses.fields(SweepResults)} - {"manifest", "metrics"}
-        found = {name for name in arrays if not name.startswith("metric_")}
-        n = len(arrays.get("maps", ()))
-        per_image = ("coverage", "valid", "split", "stratum", "image_ids", "class_mass")
-        whole = found == expected and all(len(arrays[name]) == n for name in per_image)
-        if not whole or not np.isfinite(arrays["maps"]).all():
-            raise UserError(f"{folder}: arrays are missing, cut or not finite; run the sweep again")
+        if lacking := MANIFEST - set(manifest):
+            raise UserError(
+                f"{folder}/results.json lacks {', '.join(sorted(lacking))}; run the sweep again"
+            )
         metrics = {
-            n.removeprefix("metric_"): arrays.pop(n)
-            for n in list(arrays)
-            if n.startswith("metric_")
+            name.removeprefix("metric_"): arrays.pop(name)
+            for name in list(arrays)
+            if name.startswith("metric_")
         }
+        if not _whole(arrays, metrics):
+            raise UserError(f"{folder}: arrays are missing, cut or not finite; run the sweep again")
         tied = images_sha256(arrays["image_ids"], arrays["coverage"])
         if manifest.get("images_sha256") != tied:
             raise UserError(
                 f"{folder}: results.npz is of other pictures than results.json; run the sweep again"
             )
-        return SweepResults(manifest=manifest, metrics=metrics, **arrays)
+        results = SweepResults(manifest=manifest, metrics=metrics, **arrays)
+        for split in ("discovery", "validation"):
+            if not len(results.rows(split)):
+                raise UserError(f"{folder}: no picture is of {split}; run the sweep again")
+        return results
+
+
+def _whole(arrays: Mapping[str, np.ndarray], metrics: Mapping[str, np.ndarray]) -> bool:
+    """Whether every array is there, of the sizes that its annotation names, and finite."""
+    types = {f.name: f.type for f in dataclasses.fields(SweepResults)}
+    if set(arrays) != set(types) - {"manifest", "metrics"}:
+        return False
+    sizes: dict[str, int] = {}
+    named = [(str(types[name]), array) for name, array in arrays.items()]
+    named += [(str(types["metrics"]), array) for array in metrics.values()]
+    for annotation, array in named:
+        found = re.search(r"'([\w ]+)'", annotation)
+        axes = found[1].split() if found else ["n"]  # the ids
+        if array.ndim != len(axes):
+            return False
+        for axis, size in zip(axes, array.shape):
+            if (int(axis) if axis.isdigit() else sizes.setdefault(axis, size)) != size:
+                return False
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            return False
+    return True
 
 
 def images_sha256(image_ids: np.ndarray, coverage: np.ndarray) -> str:

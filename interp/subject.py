@@ -25,9 +25,11 @@ def open_subject(
     Raises:
         UserError: if the file is missing, unusable or ambiguous.
     """
-    from superclip.model.weights import load_checkpoint, newest_checkpoint
+    from superclip.model.weights import brings_config, load_checkpoint, newest_checkpoint
 
     if model is not None:
+        if ckpt is not None and ckpt.suffix != ".safetensors" and brings_config(ckpt):
+            raise UserError(f"{ckpt} brings its own configuration; leave --model out")
         return _plain_weights(model, pretrained, ckpt), None
     found = load_checkpoint(ckpt or newest_checkpoint(Path("logs")))
     config = found.config
@@ -82,12 +84,16 @@ def open_pictures(
                 "plain weights know no data; give --data coco --root FOLDER, scenes, or tar shards"
             )
         data = run.val_data or held_out_spec(run.train_data)
+        if split is not None and is_scenes(data):  # another split of the run's own data
+            data = "scenes"
+        elif split is not None and data.startswith("coco:"):
+            data = ":".join(data.split(":")[:2])
     if root is not None and data != "coco":
         raise UserError("--root goes with --data coco")
     if data == "coco":
         data = f"coco:{root}"
     if split is not None:
-        if data.startswith("scenes:"):
+        if data.startswith("scenes:") or data.count(":") > 1:
             raise UserError(f"--data {data} names its split already; leave --split out")
         if data.partition(":")[0] not in ("scenes", "coco"):
             raise UserError(

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interp.config import SweepConfig
-from superclip.errors import UserError, check_writable, run_command
+from superclip.errors import UserError, check_writable, replace_text, run_command
 
 if TYPE_CHECKING:
     from interp.analysis import Findings
     from interp.results import SweepResults
     from interp.stats.intervals import Interval
+
+DONE = "findings.json"
+"""Written last."""
 
 DESCRIPTION = """Score every attention head of a vision tower against object boxes. Discovery
 pictures choose the champion, validation pictures judge it; confirm pictures are set aside for
@@ -63,45 +66,89 @@ def sweep_one(config: SweepConfig) -> tuple[SweepResults, Findings, Path]:
     if ckpt is None and config.model is None:
         ckpt = newest_checkpoint(Path("logs"))
     out = config.out or default_folder(ckpt, config.kind)
-    if (out / "results.json").exists() and not config.overwrite:
+    check_writable(out, "--out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if is_swept(out) and not config.overwrite:
         raise UserError(
             f"{out} holds results; --overwrite replaces them, --out FOLDER writes elsewhere, "
             f"python -m interp.report {out} shows them"
         )
-    check_writable(out, "--out")
     subject, run = open_subject(ckpt, config.model, config.pretrained)
     source, rows = open_pictures(config.data, config.root, config.split, config.num, run)
-    trained_on = trained_ids(run, config.allow_trained)
-    results = collect(subject, source, rows, trained_on, config, device)
-    results.save(out)
-    results = SweepResults.load(out)
+    if (out / "results.json").exists() and not config.overwrite:  # cut short while judging
+        results = standing(out, config, subject.facts["sha256"], source.digest)
+    else:
+        trained_on = trained_ids(run, config.allow_trained)
+        collect(subject, source, rows, trained_on, config, device).save(out)
+        results = SweepResults.load(out)
     findings = analyse(results)
-    (out / "findings.json").write_text(json.dumps(plain(findings), indent=1, sort_keys=True) + "\n")
     write_csv(findings, out / "heads.csv")
+    replace_text(out / DONE, json.dumps(plain(findings), indent=1, sort_keys=True) + "\n")
     return results, findings, out
+
+
+def is_swept(folder: Path) -> bool:
+    """Whether a sweep stands there from the first picture to the last verdict."""
+    return (folder / "results.json").exists() and (folder / DONE).exists()
+
+
+def standing(folder: Path, config: SweepConfig, sha256: str, pictures: str) -> SweepResults:
+    """The results in a folder, if they are what is asked for now.
+
+    Args:
+        sha256: of the checkpoint. pictures: digest of the data.
+
+    Raises:
+        UserError: naming the first thing that is another one there.
+    """
+    from interp.results import SweepResults
+
+    results = SweepResults.load(folder)
+    held = results.manifest
+    for what, there, asked in (
+        ("checkpoint", held["checkpoint"]["sha256"], sha256),
+        ("--num", held["data"]["num"], config.num),
+        ("--seed", held["seed"], config.seed),
+        ("--draws", held["draws"], config.draws),
+        ("--allow-trained", held["trained_pictures_allowed"], config.allow_trained),
+        ("--metric", "legacy_mass" in results.metrics, config.metric == "legacy-mass"),
+        ("--untrained", len(held["untrained"]) >= config.untrained, True),
+        ("set of pictures", held["data"]["sha256"], pictures),
+    ):
+        if there != asked:
+            raise UserError(
+                f"{folder} holds a sweep with another {what} than asked for; --overwrite replaces "
+                "it"
+            )
+    return results
 
 
 def sweep_course(config: SweepConfig) -> None:
     """Sweep a run's checkpoints one after another; those that stand are not swept again."""
     from interp import timeline
-    from interp.results import SweepResults
-    from interp.subject import default_folder
-    from superclip.errors import replace_text
+    from interp.subject import default_folder, open_pictures, open_subject
 
     if config.out is not None or config.model is not None:
         raise UserError("--out and --model go with one checkpoint; a pattern writes beside each")
     assert config.ckpt is not None
     checkpoints = timeline.numbered(config.ckpt)
-    folders = [default_folder(path, config.kind) for _, path in checkpoints]
-    for (step, path), folder in zip(checkpoints, folders):
-        if config.overwrite or not timeline.swept_already(folder, path):
-            print(f"step {step}: {path}", flush=True)
-            # Untrained towers are the same for all: the last one's serve.
-            towers = config.untrained if path == checkpoints[-1][1] else 0
-            sweep_one(replace(config, ckpt=path, untrained=towers))
-    sweeps = [SweepResults.load(folder) for folder in folders]
-    course = timeline.grounding([step for step, _ in checkpoints], sweeps, config.draws)
+    steps, sweeps = [step for step, _ in checkpoints], []
     path = config.ckpt.parent / f"course{'' if config.kind == 'class' else '-' + config.kind}.json"
+    timeline.refuse_other_course(path, steps, config.overwrite)
+    for step, ckpt in checkpoints:
+        folder = default_folder(ckpt, config.kind)
+        # Untrained towers are the same for all: the last one's serve.
+        towers = config.untrained if ckpt == checkpoints[-1][1] else 0
+        one = replace(config, ckpt=ckpt, untrained=towers)
+        if is_swept(folder) and not config.overwrite:
+            subject, run = open_subject(ckpt)
+            source, _ = open_pictures(config.data, config.root, config.split, config.num, run)
+            sweeps.append(standing(folder, one, subject.facts["sha256"], source.digest))
+        else:
+            print(f"step {step}: {ckpt}", flush=True)
+            sweeps.append(sweep_one(one)[0])
+    course = timeline.grounding(steps, sweeps, config.draws)
     replace_text(path, json.dumps(course, indent=1, sort_keys=True) + "\n")
     print(timeline.render(course, 99))
     print(f"\nwritten: {path}, and the sweep of each checkpoint beside it")

@@ -29,7 +29,7 @@ from interp.subject import default_folder, open_pictures, open_subject
 from superclip.data.batch import Record, Source
 from superclip.data.loader import tokenizer_for
 from superclip.data.scenes import Scenes, category_templates
-from superclip.errors import UserError, check_writable, replace_text
+from superclip.errors import UserError, check_writable, replace_text, replacing
 from superclip.evaluation.encode import Encoder
 from superclip.evaluation.zeroshot import classifier
 from superclip.model.factory import tokenizer
@@ -125,12 +125,16 @@ class Swept:
 
     @property
     def tie(self) -> dict[str, Any]:
-        """Facts that tie a report to its sweep."""
-        manifest = self.results.manifest
-        return {
-            "checkpoint_sha256": manifest["checkpoint"]["sha256"],
-            "images_sha256": manifest["images_sha256"],
-        }
+        return tie(self.results)
+
+
+def tie(results: SweepResults) -> dict[str, Any]:
+    """Facts that tie a report to its sweep."""
+    manifest = results.manifest
+    return {
+        "checkpoint_sha256": manifest["checkpoint"]["sha256"],
+        "images_sha256": manifest["images_sha256"],
+    }
 
 
 def open_swept(config: OfSweep) -> Swept:
@@ -162,6 +166,8 @@ def open_swept(config: OfSweep) -> Swept:
             f"{source.name} is not the data that was swept ({swept['name']}); give the sweep's "
             "--data, --root and --split"
         )
+    if lost := set(results.image_ids.tolist()) - set(source.keys):
+        raise UserError(f"{folder}: picture {min(lost)} is not among those of {source.name}")
     subject.captioned.to(device).eval()
     tower = HookedVisionTransformer(subject.captioned.clip.visual)
     return Swept(results, folder, subject, source, tower, device, config.batch_size)
@@ -191,7 +197,5 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """As `.npz`, whole or not at all; equal arrays give equal bytes."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    partial.replace(path)

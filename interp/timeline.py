@@ -3,8 +3,9 @@ depend on it."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -50,22 +51,24 @@ def numbered(pattern: Path) -> list[tuple[int, Path]]:
 
 
 def is_pattern(ckpt: Path | None) -> bool:
-    """Whether `--ckpt` stands for several files."""
-    return ckpt is not None and re.search(r"[*?[]", ckpt.name) is not None
+    """Whether `--ckpt` stands for several files: it has `*`, `?` or `[` and is no file itself."""
+    return ckpt is not None and bool(re.search(r"[*?[]", ckpt.name)) and not ckpt.is_file()
 
 
-def swept_already(folder: Path, ckpt: Path) -> bool:
-    """Whether a folder holds this checkpoint's sweep, so that a course cut short goes on.
+def refuse_other_course(path: Path, steps: Sequence[int], overwrite: bool) -> None:
+    """A course may be taken further, as training goes on; one of other checkpoints stays.
 
     Raises:
-        UserError: if it holds another one's.
+        UserError: if the one that stands there has as many steps, or any that the new one lacks.
     """
-    if not (folder / "results.json").exists():
-        return False
-    held = SweepResults.load(folder).manifest["checkpoint"]["sha256"]
-    if held != hashlib.sha256(ckpt.read_bytes()).hexdigest():
-        raise UserError(f"{folder} holds the sweep of another checkpoint; --overwrite replaces it")
-    return True
+    if overwrite or not path.exists():
+        return
+    try:
+        held = set(json.loads(path.read_text())["steps"])
+    except (ValueError, LookupError, TypeError):
+        held = None
+    if held is None or not held < set(steps):
+        raise UserError(f"{path} exists; --overwrite replaces it, and all that stands beside it")
 
 
 def grounding(steps: Sequence[int], sweeps: Sequence[SweepResults], draws: int) -> dict[str, Any]:
@@ -143,9 +146,9 @@ def load_effects(folder: Path) -> dict[str, Float[np.ndarray, " image"]]:
     try:
         with np.load(folder / "ablation.npz", allow_pickle=False) as file:
             return {name: file[name].astype(np.float64) for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, AttributeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{folder}/ablation.npz can't be read ({error}); run interp.ablate"
+            f"{folder}/ablation.npz can't be read ({error}); run interp.ablate --overwrite"
         ) from None
 
 

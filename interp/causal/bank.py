@@ -26,7 +26,7 @@ from torch import Tensor
 from interp.causal.sweep import MAX_MEMORY, AblatedBatch, ablate_batch
 from interp.causal.units import Ablation, Images, Unit
 from interp.hooked import HookedVisionTransformer
-from superclip.errors import UserError, replace_text
+from superclip.errors import UserError, replace_text, replacing
 
 SCHEMA = 2
 
@@ -274,12 +274,8 @@ class AblationBank:
             )
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         path = self._path(number)
-        part = path.with_name(f".{path.name}.partial")
-        try:
+        with replacing(path) as part:
             save_file(tensors, part, self._metadata(number, tensors))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -293,6 +289,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
         raise UserError(f"{folder} holds a bank of another schema; this version reads {SCHEMA}")
+    sizes = [facts.get("chunk"), facts.get("images")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"{folder / 'bank.json'} has no sizes; delete the folder")
     return facts
 
 

@@ -154,6 +154,8 @@ def champion_said(rows: Sequence[dict[str, Any]], head: str) -> list[str]:
             place += f", {row['layer_rank']} of {row['layer_of']} in its layer"
         if row["p_adjusted"] > 0.05:
             said = "is not shown to matter: the margin is not shown to change"
+        elif margin["low"] <= 0 <= margin["high"]:
+            said = "is not shown to matter: p is below .05, but the band holds 0"
         elif margin["estimate"] < 0:
             said = "matters: the margin falls"
         else:

@@ -379,6 +379,6 @@ def test_methods_can_be_chosen_and_mistakes_are_one_line(swept, tmp_path):
         main([*words, *at, "--methods", "mask-clip"])
     stratum = np.where(results.split == 1, -1, results.stratum).astype(np.int16)
     replace(results, stratum=stratum).save(tmp_path / "few")
-    with pytest.raises(UserError, match="only 0 validation pictures"):
+    with pytest.raises(UserError, match="no picture is of validation"):
         main([*words, "--results", str(tmp_path / "few")])
     assert not (tmp_path / "few" / "relevance.npz").exists()

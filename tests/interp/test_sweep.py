@@ -171,8 +171,13 @@ def test_ablation_of_the_champion(tiny_run, swept):
     assert "--overwrite" in line
     for units, said in (
         ("L9H0", "4 layers of 4"),
-        ("best", "(known: L11H5, attentions, champion, heads, layers, mlps)"),
+        ("best", "(known: L11H5, L3H1+L2H0, attentions, attributed:K, champion, heads,"),
         ("random:x", "random:K"),
+        ("random:²", "random:K"),
+        ("top:17", "K from 1 to 16"),
+        ("heads,random:3", "3 other heads are asked for, 0 are not named"),
+        ("L0", "--units 'L0' is not a head"),
+        ("", "--units ''"),
         ("L0H1+L0H1", "names a head twice"),
         ("L0H1+L7H0", "--units L7H0: the tower has 4 layers of 4"),
     ):

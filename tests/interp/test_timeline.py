@@ -112,8 +112,19 @@ def test_both_commands_over_a_run(tmp_path):
     assert swept.returncode == 0, swept.stderr
     course = json.loads((run / "course.json").read_text())
     assert course["steps"] == [4, 8] and set(course["curves"]) > {"L0", "L3", "best"}
-    again = command("interp.sweep", *ckpt, *flags)  # nothing is swept twice
-    assert again.returncode == 0 and "step 4:" not in again.stdout
+    flags220 = (*flags, "--num", "220", "--untrained", "1")
+    assert "course.json exists" in refused("interp.sweep", *ckpt, *flags220)
+    (run / "course.json").unlink()
+    for other, said in (
+        (flags, "another --num"),
+        ((*flags220, "--seed", "1"), "another --seed"),
+        ((*flags220, "--split", "train"), "another set of pictures"),
+    ):
+        assert said in refused("interp.sweep", *ckpt, *other)
+    (run / "sweep-step_4" / "findings.json").unlink()  # as if cut short while judging
+    again = command("interp.sweep", *ckpt, *flags220)  # nothing is swept twice
+    assert again.returncode == 0 and "pictures:" not in again.stderr, again.stderr
+    assert json.loads((run / "course.json").read_text()) == course
     kinds = ("--kinds", "mean", "--units", "top:1")
     done = command("interp.ablate", *ckpt, *flags, *kinds)
     assert done.returncode == 0, done.stderr
@@ -121,4 +132,12 @@ def test_both_commands_over_a_run(tmp_path):
     assert f"mean {ablated['champion']}" in ablated["curves"]
     assert ablated["champion"] == course["champion"]
     assert "--overwrite" in refused("interp.ablate", *ckpt, *flags, *kinds)
+    course_file = run / "course-mean-ablation.json"
+    course_file.unlink()  # a course that was cut short goes on from the reports that stand
+    before = (run / "sweep-step_4" / "ablation.json").stat().st_mtime_ns
+    assert command("interp.ablate", *ckpt, *flags, *kinds).returncode == 0
+    assert json.loads(course_file.read_text()) == ablated
+    assert (run / "sweep-step_4" / "ablation.json").stat().st_mtime_ns == before
+    course_file.unlink()
+    assert "(asked differs)" in refused("interp.ablate", *ckpt, *flags, "--kinds", "zero")
     assert "go with one checkpoint" in refused("interp.sweep", *ckpt, "--out", str(tmp_path))
