@@ -352,8 +352,9 @@ class EvalConfig:
     """Zero-shot classification: a folder of class folders (ImageNet's val), tar shards with .cls, a
     folder in CLIP_benchmark's layout, coco:FOLDER[:SPLIT] (80 labels, mAP), or scenes[:SPLIT]."""
     classnames: Path | None = None
-    """Names of the classes: JSON {folder: name}, `folder name` lines, or one name a line in the
-    order of the sorted folders. Default: ImageNet's names of WordNet ids, else the folders'."""
+    """Names of the classes: JSON {folder: name}; lines of folder, tab and name (a WordNet id and a
+    blank will do); or one name a line in the order of the sorted folders. Default: ImageNet's names
+    of WordNet ids, else the folders'."""
     templates: str | None = None
     """openai (80 prompts), simple (7), or a file with one template a line and a slot {} or {c}.
     Default: what the data brings, else openai."""

@@ -117,6 +117,8 @@ def _newest() -> Path:
 
 def _refuse_occupied(out: Path, overwrite: bool) -> None:
     """Only an export may be replaced, and only when asked to."""
+    if out == Path():
+        raise UserError("--out is empty; name a new folder")
     check_writable(out, "--out")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a new folder")
@@ -125,7 +127,8 @@ def _refuse_occupied(out: Path, overwrite: bool) -> None:
         return
     try:
         ours = {RECORD, *json.loads((out / RECORD).read_text())["files"]}
-        foreign = sorted({str(f.relative_to(out)) for f in out.rglob("*") if not f.is_dir()} - ours)
+        ours |= {str(folder) for file in ours for folder in Path(file).parents}
+        foreign = sorted({str(entry.relative_to(out)) for entry in out.rglob("*")} - ours)
     except (OSError, ValueError, KeyError, TypeError):
         foreign = [held[0].name]
     if foreign:

@@ -229,6 +229,15 @@ def test_only_exports_are_replaced(tiny_run, tmp_path):
     (out / "eval_results.jsonl").write_text("of a benchmark\n")
     with pytest.raises(UserError, match="eval_results"):
         export(ExportConfig(checkpoint, "open_clip", out, overwrite=True))
+    (out / "eval_results.jsonl").unlink()
+    (out / "mine" / "empty").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds 'mine', of no export"):
+        export(ExportConfig(checkpoint, "open_clip", out, overwrite=True))
+    (out / "mine" / "empty").rmdir()
+    (out / "mine").rmdir()
+    (out / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="link"):
+        export(ExportConfig(checkpoint, "open_clip", out, overwrite=True))
     theirs = tmp_path / "theirs" / "params.txt"
     theirs.parent.mkdir()
     theirs.write_text("of a training of open_clip")

@@ -108,6 +108,11 @@ def probe(
     classes = [key for key, kept in zip(train.classes, keep) if kept]
     names = [name for name, kept in zip(train.names or train.classes, keep) if kept]
     learn, truth = (_narrowed(part.labels, keep) for part in (seen, held))
+    if truth.ndim == 1 and len(np.unique(truth)) < 2:
+        raise UserError(
+            f"the {len(truth)} test picture(s) of {(test or train).name} are of one class; give "
+            "more, or --probe-test DATA"
+        )
     measures: list[Measure] = []
     notes: dict[str, Any] = {"C": {}, "cross_validation": {}}
     folds = _folds(seen.keys, learn)

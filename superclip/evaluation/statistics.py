@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from superclip.evaluation.measures import Mean, MeanAveragePrecision, Measure
+from superclip.evaluation.measures import ClassMean, Mean, MeanAveragePrecision, Measure
 
 LEVEL = 0.95
 BOOTSTRAP = "paired bootstrap"
+ROUNDING = 1e-12
+"""A difference of means, or a spread, this far below the values is none."""
 _BLOCK = 2**24  # weights drawn at a time: 128 MB
 
 
@@ -61,7 +63,8 @@ def redrawn(
 
 def intervals(measures: Sequence[Measure], draws: int, seed: int = 0) -> list[Interval]:
     """Percentile intervals over pictures; where all queries hit, or all miss, no draw differs from
-    another, and the interval is the exact one of Clopper and Pearson (1934) for that many pictures.
+    another, and the interval is the exact one of Clopper and Pearson (1934) for that many pictures,
+    or its like for a mean over classes.
     """
     edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     found: dict[int, Interval] = {}
@@ -71,11 +74,35 @@ def intervals(measures: Sequence[Measure], draws: int, seed: int = 0) -> list[In
         for k, row in zip(places, drawn):
             low, high = np.nanquantile(row, edges)
             value = measures[k].statistic.value
-            if measures[k].hits and value in (0, 1):
-                least = edges[0] ** (1 / pictures)
+            statistic = measures[k].statistic
+            if isinstance(statistic, ClassMean):
+                sizes = np.unique(statistic.label, return_counts=True)[1]
+            else:
+                sizes = np.array([pictures]) if measures[k].hits else None
+            if sizes is not None and value in (0, 1):
+                least = all_hit_bound(sizes, edges[0])
                 low, high = (least, 1) if value else (0, 1 - least)
             found[k] = Interval(value, float(low), float(high))
     return [found[k] for k in range(len(measures))]
+
+
+def all_hit_bound(sizes: Int[np.ndarray, " c"], level: float) -> float:
+    """The least mean over classes under which all pictures hit with chance `level` or more.
+
+    sum n_c log p_c >= log level with the least mean of p_c: p_c = min(1, t n_c) for one t, by
+    Lagrange. Of one class this is Clopper and Pearson's limit.
+
+    >>> [round(all_hit_bound(np.array(sizes), 0.025), 4) for sizes in ([10], [5, 5])]
+    [0.6915, 0.6915]
+    """
+    from scipy.optimize import brentq
+
+    def over(log_t: float) -> float:
+        return float((sizes * np.minimum(0, log_t + np.log(sizes))).sum() - math.log(level))
+
+    widest = -float(np.log(sizes.max()))
+    found: Any = brentq(over, widest + math.log(level) - 1, widest)
+    return float(np.minimum(1, np.exp(found) * sizes).mean())
 
 
 @dataclass(frozen=True)
@@ -171,6 +198,8 @@ def _compare(
     """One measure; `a` and `b` are its values in the draws, `[model, draw]`."""
     arms = [np.array([m.statistic.value for m in arm]) for arm in (first, second)]
     value = float(arms[0].mean() - arms[1].mean())
+    noise = ROUNDING * max(1.0, *(float(np.abs(arm).max()) for arm in arms))
+    value = 0.0 if abs(value) < noise else value
     single, drawn = len(first) == len(second) == 1, a[0] - b[0]
     sure = least = floor = None
     if single:
@@ -178,6 +207,7 @@ def _compare(
         error, freedom = float(np.nanstd(drawn)), math.inf
     else:
         error, freedom = _two_way_error(arms, a, b, paired)
+        error = 0.0 if error < noise else error
         half = _quantile(freedom) * error
         low, high = value - half, value + half
     if single and first[0].hits:

@@ -90,10 +90,21 @@ def _names_of_file(classes: Sequence[str], file: Path) -> list[str]:
                     f"({classes[0]}, ...); write one name a line in their order, or CLASS<TAB>NAME"
                 )
             named = dict(zip(classes, lines))
+            for key, line in named.items():
+                if other := [c for c in classes if c != key and line.startswith(f"{c} ")]:
+                    raise UserError(
+                        f"--classnames {file}: {line!r} begins with {other[0]!r}, but in their "
+                        f"order it would name {key!r}; write CLASS<TAB>NAME"
+                    )
         elif None in pairs:
             odd = lines[pairs.index(None)]
-            raise UserError(f"--classnames {file}: {odd!r} is not CLASS<TAB>NAME as other lines")
-    if missing := [key for key in classes if not named.get(key, "").strip()]:
+            raise UserError(
+                f"--classnames {file}: {odd!r} is not CLASS<TAB>NAME as other lines; "
+                "write it so on every line"
+            )
+    if empty := [key for key in classes if key in named and not named[key].strip()]:
+        raise UserError(f"--classnames {file}: the name of {empty[0]!r} is empty")
+    if missing := [key for key in classes if key not in named]:
         count = f"{len(missing)} of {len(classes)} classes"
         raise UserError(
             f"--classnames {file} does not name {count} (first: {missing[0]}); "

@@ -63,7 +63,7 @@ def read_tensors(path: Path, check: bool = True) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} is not a readable checkpoint (cut short, or another format): {first[:160]}"
+            f"{path} is not a readable checkpoint: {damage_of(path) or first[:160]}"
         ) from None
 
 
@@ -125,8 +125,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     missing = {"state_dict", "token_head", "preprocess", "config", "epoch", "facts"} - set(content)
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is no whole checkpoint")
-    config = train_config(content["config"], str(path))
     try:  # tensors and plain values, but of whatever shape somebody gave them
+        config = train_config(content["config"], str(path))
         clip = build_clip(content["model_config"])
         preprocess = Preprocess.from_dict(content["preprocess"])
         head = token_head_from(content["token_head"])
@@ -136,6 +136,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         assert set(sides) == {preprocess.size}, f"pictures of {preprocess.size} for {sides}"
         facts = dict(content["facts"])
         assert isinstance(facts["activation"], str) and isinstance(facts["data_name"], str)
+        assert len(preprocess.mean) == len(preprocess.std) == 3, "preprocess of three channels"
+        assert isinstance(content["epoch"], int), f"epoch {content['epoch']!r}"
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if str(path) in told else f"{path}: {told}") from None
     except (AssertionError, AttributeError, LookupError, TypeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(f"{path} is no checkpoint that training wrote ({what})") from None

@@ -15,6 +15,7 @@ from superclip.evaluation.measures import (
     Result,
 )
 from superclip.evaluation.statistics import (
+    all_hit_bound,
     compare,
     detectable,
     intervals,
@@ -261,6 +262,27 @@ def test_too_few_draws_are_named_where_they_decide():
     assert few["p"] == few["least_p"] == pytest.approx(2 / 101)
     assert few["verdict"] == "not told by so few --bootstrap draws; of the recipes: descriptive"
     assert enough["verdict"] == "this checkpoint is better; of the recipes: descriptive"
+
+
+def test_the_bound_of_all_hits_is_the_least_mean_that_allows_them():
+    """By search over two classes' shares with p^a q^b = level."""
+    for a, b in ((3, 9), (1, 30), (4, 4)):
+        p = np.linspace(0.025 ** (1 / a), 1, 20001)
+        q = np.minimum(1, (0.025 / p**a) ** (1 / b))
+        assert all_hit_bound(np.array([a, b]), 0.025) == pytest.approx(
+            ((p + q) / 2).min(), abs=1e-4
+        )
+    hits, label = np.ones(12), np.repeat([0, 1], [3, 9])
+    (found,) = intervals([Measure("per class", ClassMean(hits, label), 0.5)], 200)
+    assert (found.value, found.high) == (1, 1) and 0.5 < found.low < 0.025 ** (1 / 12)
+
+
+def test_rounding_is_no_spread_over_seeds():
+    """Equal values, averaged over 3 and over 5 models, differ by rounding alone."""
+    hits, picture = (np.random.default_rng(0).random(21) < 0.8).astype(float), np.arange(21)
+    arms = [[Measure("R@1", Mean(hits, picture, 21), 0.0, hits=True)] * k for k in (3, 5)]
+    found = compare(*arms, paired=False, effect=0.02, draws=200)
+    assert (found.value, found.low, found.high, found.p, found.power) == (0, 0, 0, 1, None)
 
 
 def test_what_seeds_alone_would_allow_stands_beside_t():

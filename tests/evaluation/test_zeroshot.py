@@ -66,6 +66,9 @@ def test_names_from_a_file(tmp_path, text):
 def test_only_ids_are_parted_from_names_by_a_blank(tmp_path):
     (tmp_path / "names").write_text("rose flower\ntulip flower")
     assert class_names(data("rose", "tulip"), tmp_path / "names") == ["rose flower", "tulip flower"]
+    (tmp_path / "names").write_text("tulip flower\nrose flower")
+    with pytest.raises(UserError, match="begins with 'tulip', but in their order it would name 'r"):
+        class_names(data("rose", "tulip"), tmp_path / "names")
     (tmp_path / "names").write_text("tulip\ta tulip\nrose\tsalt, pepper")
     assert class_names(data("rose", "tulip"), tmp_path / "names") == ["salt, pepper", "a tulip"]
 
@@ -82,7 +85,7 @@ def test_only_ids_are_parted_from_names_by_a_blank(tmp_path):
         (f"{IDS[0]} a\n{IDS[1]} b\nn02979187 c", "does not name 1 of 3.*did you mean 'n02979187'"),
         ("n00000001 a\nn00000002 b\nn00000003 c", "does not name 3 of 3 classes"),
         (f"{IDS[0]} fish\ngold\nplayer", "'gold' is not CLASS<TAB>NAME as other lines"),
-        ("fish\n\nplayer", "does not name 1 of 3 classes"),
+        ("fish\n\nplayer", "the name of 'n01443537' is empty"),
         (b"\xff\xfe\x00\xff", "is no text file"),
         (None, "No such file"),
     ],
