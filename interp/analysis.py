@@ -263,6 +263,34 @@ def _head_rows(results: SweepResults, verdict: Verdict):
             yield row
 
 
+def category_rows(results: SweepResults, head: Head, fewest: int = 10) -> list[dict[str, Any]]:
+    """A head by category, on validation pictures that show it: in-box mass on the boxes of that
+    category alone against their area, which uniform attention would have; most frequent first.
+
+    Intervals are of each row alone. Categories in fewer than `fewest` pictures are left out.
+    """
+    draws, seed = results.manifest["draws"], results.manifest["seed"]
+    judged = np.isin(results.category_image, results.rows("validation"))
+    found = []
+    for number, name in enumerate(results.manifest["categories"]):
+        at = np.flatnonzero(judged & (results.category_id == number))
+        if len(at) < fewest:
+            continue
+        images, boxes = results.category_image[at], results.category_coverage[at].astype(np.float64)
+        valid, maps = results.valid[images], results.maps[images, head.layer, head.index]
+        mass = metrics.in_box_mass(maps.astype(np.float64), boxes, valid)
+        area = metrics.area(boxes, valid)
+        found.append(
+            {
+                "category": name,
+                "area": float(area.mean()),
+                "mass": mean_interval(mass, None, draws, seed),
+                "enrichment": ratio_interval(mass, area, None, draws, seed),
+            }
+        )
+    return sorted(found, key=lambda row: -row["mass"].n)
+
+
 def top_heads(results: SweepResults, count: int) -> tuple[Head, ...]:
     """The best heads of discovery, without the tests: what an ablation needs to know."""
     from interp.stats.selection import best_heads

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Turn sweeps into one self-contained HTML page, with heatmap.png, gallery.png and
 champion_vs_challenger.gif beside it. Every number is computed anew from the results; eval_val.json
-beside the checkpoint and ablation.json beside the results are shown where they stand."""
+beside the checkpoint, and what ablate, relevance, lens, patch and circuit wrote beside the results,
+are shown where they stand."""
 
-ABLATION_SCHEMA = 2
+SIBLINGS = {"ablation": 2, "relevance": 1, "lens": 1, "patching": 1, "circuit": 1}
+"""Reports that may stand beside a sweep, with the schema that this version reads."""
+COMMANDS = {"ablation": "ablate", "patching": "patch"}
 EVALUATION_SCHEMA = 2
 
 
@@ -103,11 +106,11 @@ def build(folders: Sequence[Path], challenger: Head | None = None) -> list[Sheet
     sheets = []
     for number, (folder, results) in enumerate(zip(folders, opened.values()), start=1):
         evaluation = read_evaluation(folder, results)
-        ablation = read_ablation(folder, results)
+        beside = {name: read_sibling(folder, results, name) for name in SIBLINGS}
         findings = analyse(results)
         rival = challenger_of(findings, challenger)
         slug = f"sweep-{number}"
-        sheets.append(draw(slug, results, findings, evaluation, ablation, rival, len(folders)))
+        sheets.append(draw(slug, results, findings, evaluation, beside, rival, len(folders)))
     return sheets
 
 
@@ -163,26 +166,26 @@ def read_evaluation(folder: Path, results: SweepResults) -> dict[str, Any] | Non
     return found
 
 
-def read_ablation(folder: Path, results: SweepResults) -> dict[str, Any] | None:
-    """The ablation beside the sweep.
+def read_sibling(folder: Path, results: SweepResults, name: str) -> dict[str, Any] | None:
+    """A report of `SIBLINGS` beside the sweep.
 
     Raises:
         UserError: if it is of another schema, checkpoint or set of pictures.
     """
-    path = folder / "ablation.json"
+    path = folder / f"{name}.json"
     found = read_json(path)
     if found is None:
         return None
     manifest = results.manifest
-    for name, mine, its in (
-        ("schema", ABLATION_SCHEMA, found.get("schema")),
+    for what, mine, its in (
+        ("schema", SIBLINGS[name], found.get("schema")),
         ("checkpoint_sha256", manifest["checkpoint"]["sha256"], found.get("checkpoint_sha256")),
         ("images_sha256", manifest["images_sha256"], found.get("images_sha256")),
     ):
         if mine != its:
             raise UserError(
-                f"{path} does not belong to this sweep ({name} {its}, not {mine}); run "
-                "python -m interp.ablate again or remove it"
+                f"{path} does not belong to this sweep ({what} {its}, not {mine}); run "
+                f"python -m interp.{COMMANDS.get(name, name)} again or remove it"
             )
     return found
 
@@ -211,8 +214,10 @@ def rebuild_commands(
         lines.append(
             _line("interp.sweep", *subject, *_sweep_flags(sheet.results), "--out", str(folder))
         )
-        if sheet.ablation:
-            lines.append(_line("interp.ablate", *subject, "--results", str(folder)))
+        for name in SIBLINGS:
+            if sheet.beside[name]:
+                command = f"interp.{COMMANDS.get(name, name)}"
+                lines.append(_line(command, *subject, "--results", str(folder)))
     notes.append(
         "Data are named by their hash above; a sweep of other data than the checkpoint's own also "
         "needs its --data, --root and --split."

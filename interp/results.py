@@ -159,13 +159,16 @@ class SweepResults:
 
 
 def _whole(arrays: Mapping[str, np.ndarray], metrics: Mapping[str, np.ndarray]) -> bool:
-    """Whether every array is there, of the sizes that its annotation names, and finite."""
+    """Whether every array is there, of the sizes that its annotation names, and finite; a metric
+    may be undefined (NaN) on a picture."""
     types = {f.name: f.type for f in dataclasses.fields(SweepResults)}
     if set(arrays) != set(types) - {"manifest", "metrics"}:
         return False
     sizes: dict[str, int] = {}
     named = [(str(types[name]), array) for name, array in arrays.items()]
-    named += [(str(types["metrics"]), array) for array in metrics.values()]
+    named += [
+        (str(types["metrics"]), np.where(np.isnan(array), 0, array)) for array in metrics.values()
+    ]
     for annotation, array in named:
         found = re.search(r"'([\w ]+)'", annotation)
         axes = found[1].split() if found else ["n"]  # the ids

@@ -1,3 +1,17 @@
+for (const bar of document.querySelectorAll(".filter")) {
+  const [text, box] = bar.querySelectorAll("input"), said = bar.querySelector("[role=status]");
+  const rows = [...bar.nextElementSibling.querySelectorAll("tbody tr")];
+  bar.hidden = false;
+  bar.addEventListener("input", () => {
+    const wanted = text.value.trim().toUpperCase();
+    for (const row of rows) {
+      const [, layer, index] = /(L\d+)(H\d+)/.exec(row.dataset.head);
+      const named = !wanted || [layer, index, layer + index].includes(wanted);
+      row.hidden = !named || (box.checked && !("significant" in row.dataset));
+    }
+    said.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} heads`;
+  });
+}
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const head = button.closest("th"), body = head.closest("table").tBodies[0];

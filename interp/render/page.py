@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -12,10 +15,12 @@ import imageio.v3 as iio
 import jinja2
 from markupsafe import Markup
 
-from interp.analysis import Findings
+from interp.analysis import Findings, category_rows
 from interp.heads import Head
-from interp.render import animation, figures, gallery, words
+from interp.render import animation, circuit, figures, gallery, patching, words
 from interp.render.canvas import DARK, DPI, png
+from interp.render.explorer import colours, explorer
+from interp.render.lens import lens_figure
 from interp.results import SweepResults
 from interp.stats.intervals import Interval
 
@@ -54,19 +59,27 @@ class Sheet:
 
     Attributes:
         slug: names its section and its picture files.
-        evaluation: `eval_val.json` of the same checkpoint. ablation: `ablation.json` of the same
-            pictures.
+        evaluation: `eval_val.json` of the same checkpoint.
+        beside: other reports on the same pictures, by name; None where there is none.
+        categories: the champion by category. further: figures of the other reports.
     """
 
     slug: str
     results: SweepResults
     findings: Findings
     evaluation: dict[str, Any] | None
-    ablation: dict[str, Any] | None
+    beside: dict[str, dict[str, Any] | None]
+    categories: list[dict[str, Any]]
     heat_map: Picture
     layers: Picture
     gallery: Picture
     animation: Picture | None
+    explorer: dict[str, Any]
+    further: list[tuple[str, Picture]]
+
+    @property
+    def ablation(self) -> dict[str, Any] | None:
+        return self.beside["ablation"]
 
     @property
     def name(self) -> str:
@@ -83,6 +96,20 @@ class Sheet:
     @property
     def limits(self) -> list[str]:
         return words.limits(self.results, self.findings, self.evaluation, self.ablation)
+
+    @property
+    def baseline_rows(self) -> list[dict[str, Any]]:
+        """The baseline table as plain values."""
+        rows = [asdict(row) for row in self.findings.baselines]
+        return [
+            {"baseline": row["name"]}
+            | {
+                f"{name} {key}": row[name][key] if row[name] else ""
+                for name in ("mass", "enrichment", "excess", "difference")
+                for key in ("estimate", "low", "high", "n")
+            }
+            for row in rows
+        ]
 
     @property
     def closest_untrained(self) -> Interval | None:
@@ -135,7 +162,7 @@ def draw(
     results: SweepResults,
     findings: Findings,
     evaluation: dict[str, Any] | None,
-    ablation: dict[str, Any] | None,
+    beside: dict[str, dict[str, Any] | None],
     challenger: Head | None,
     sheets: int = 1,
 ) -> Sheet:
@@ -160,7 +187,8 @@ def draw(
         results,
         findings,
         evaluation,
-        ablation,
+        beside,
+        category_rows(results, champion),
         _themed(figures.heat_map, results, findings, figures.heat_map_marks(findings)),
         _themed(
             figures.layers_plot,
@@ -171,7 +199,26 @@ def draw(
         ),
         pictures,
         moving,
+        explorer(results, findings, beside["ablation"]),
+        [*_further(beside)],
     )
+
+
+def _further(beside: dict[str, dict[str, Any] | None]) -> Iterator[tuple[str, Picture]]:
+    """A title and a figure of each report that has one."""
+    shown: tuple[tuple[str, str, Callable[..., bytes]], ...] = (
+        ("lens", "What each layer says: words read through the lens", lens_figure),
+        ("patching", "Which heads carry what was changed", lambda *a: png(patching.figure(*a))),
+        (
+            "circuit",
+            "The smallest set of heads that does the work",
+            lambda *a: png(circuit.draw(*a)),
+        ),
+    )
+    for name, title, drawn in shown:
+        if (report := beside[name]) is not None:
+            alt = f"{title}; {name}.json beside the sweep holds every number"
+            yield title, Picture(drawn(report), alt, dark=drawn(report, DARK))
 
 
 def _themed(figure: Any, results: SweepResults, findings: Findings, alt: str) -> Picture:
@@ -211,6 +258,7 @@ def render_page(sheets: Sequence[Sheet], commands: Sequence[str], notes: Sequenc
         "p": words.p_value,
         "stacked": _stacked,
         "data": _data_uri,
+        "csv": _csv_uri,
     }
     environment.globals |= {"span": words.span, "number": words.number, "count": words.count}
     return environment.get_template("page.html.jinja").render(
@@ -219,7 +267,15 @@ def render_page(sheets: Sequence[Sheet], commands: Sequence[str], notes: Sequenc
         command_notes=notes,
         style=_own("page.css"),
         script=_own("page.js"),
+        explorer_script=_own("explorer.js"),
+        explorer_data=_json({"sheets": [s.explorer for s in sheets], "colours": colours()}),
     )
+
+
+def _json(values: Any) -> Markup:
+    """For a block of JSON in a page: whatever a name holds, it can't end the block."""
+    text = json.dumps(values, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def _own(name: str) -> Markup:
@@ -231,6 +287,15 @@ def _stacked(interval: Interval | dict[str, Any], digits: int = 3) -> Markup:
     """An interval in a table's cell: the estimate above its bounds."""
     estimate, bounds = words.span(interval, digits).split(" ", 1)
     return Markup("{} <small>{}</small>").format(estimate, bounds)
+
+
+def _csv_uri(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of plain values as a file that a link holds."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return f"data:text/csv;base64,{base64.b64encode(text.getvalue().encode()).decode()}"
 
 
 def _data_uri(picture: bytes) -> str:

@@ -198,10 +198,12 @@ def _pixels(rows: Sequence[Baseline]) -> str:
     signs = [sign(row.difference) for row in rows]
     best = max(rows, key=lambda row: row.excess.estimate if row.excess else 0)
     assert best.excess is not None
+    places = (("lies above", 1), ("lies below", -1), ("is not told apart from", 0))
+    found = [f"{said} {count(signs.count(k))}" for said, k in places if k in signs]
+    place = found[0].replace(count(len(rows)), "all of them") if len(found) == 1 else listed(found)
     return (
         f"Against {plural(len(rows), 'map')} made from the pixels without a network, the "
-        f"champion's excess lies above {signs.count(1)}, below {signs.count(-1)}, and is not told "
-        f"apart from {signs.count(0)}. The strongest, {best.name}, has {span(best.excess, 4)}; "
+        f"champion's excess {place}. The strongest, {best.name}, has {span(best.excess, 4)}; "
         f"champion minus it {span(best.difference, 4)}, n = {count(best.difference.n)}."
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from interp.analysis import analyse
 from interp.render import words
-from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_ablation
+from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_sibling
 from superclip.errors import UserError
 from tests.conftest import refused
 from tests.interp.sweeps import small_sweep
@@ -77,6 +77,7 @@ def ablation(results, **changes):
         "n": 50,
         "checkpoint_sha256": manifest["checkpoint"]["sha256"],
         "images_sha256": manifest["images_sha256"],
+        "estimates": {},
         "intact": {"margin": interval(0.3), "i2t@1": interval(0.5)},
         "units": [head],
         "sentences": ["mean ablation of the champion L1H2: it matters"],
@@ -153,10 +154,10 @@ def test_nothing_is_fetched(text):
 
 def test_tables_and_pictures_can_be_read_without_eyes(text):
     page = Page(text)
-    assert len(page.tables) == 5
+    assert len(page.tables) == 7
     assert all(table == {"caption": 1, "unscoped": 0} for table in page.tables)
     assert len(page.images) == 4 and all(image["alt"] for image in page.images)
-    assert text.count('role="region" tabindex="0"') == 5
+    assert text.count('role="region" tabindex="0"') == 7
 
 
 def test_names_are_escaped(text):
@@ -180,7 +181,9 @@ def test_limits_follow_what_is_present(sheets):
     everything = " ".join(sheet.limits)
     assert "no ablation stands" not in everything and "retrieves" not in everything
     assert "2 untrained towers of the 5" in everything and "uncommitted" in everything
-    bare = " ".join(replace(sheet, evaluation=None, ablation=None).limits)
+    bare = " ".join(
+        replace(sheet, evaluation=None, beside=sheet.beside | {"ablation": None}).limits
+    )
     assert "no ablation stands" in bare and "How well the model retrieves" in bare
 
 
@@ -235,7 +238,7 @@ def test_foreign_ablation_is_refused(tmp_path, change, message):
     results = small_sweep()
     (tmp_path / "ablation.json").write_text(json.dumps(ablation(results, **change)))
     with pytest.raises(UserError, match=message):
-        read_ablation(tmp_path, results)
+        read_sibling(tmp_path, results, "ablation")
 
 
 def test_evaluation_of_another_checkpoint_is_left_out(tmp_path):

@@ -1,0 +1,229 @@
+"""What the page's explorer draws from: every head's values, words and maps, as JSON values."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from interp.analysis import Findings
+from interp.heads import Head
+from interp.render import figures, gallery
+from interp.render.words import count, number, p_value, percent, span, subject
+from interp.results import SweepResults
+from interp.stats.intervals import Band, simultaneous_band
+
+QUALITY = 90
+"""Of the JPEG of a picture too large for a PNG."""
+
+LARGEST_PNG = 100  # pixels a side
+
+Rows = list[list[float | None]]
+
+
+def explorer(
+    results: SweepResults, findings: Findings, ablation: dict[str, Any] | None
+) -> dict[str, Any]:
+    """One sweep as the explorer shows it.
+
+    Returns:
+        `name`, `layers`, `heads`, `grid`, `champion`, `significant` (heads by name); `metrics`,
+        each with values by split and the `chance` that its colours turn around; `facts`, lines of
+        words by head; `baselines`, lines of words; `pictures`, with boxes as shares of the side;
+        `maps`, the attention of every head on them in 255ths of the head's `largest`.
+    """
+    layers, heads = results.shape
+    every = [Head(layer, index) for layer in range(layers) for index in range(heads)]
+    metrics = [*_scored(results, findings), *_causal(results, ablation)]
+    marked = figures.significant(findings)
+    pictures = [_picture(results, i) for i in range(gallery.shown(results))]
+    maps = results.maps[results.gallery_rows[: len(pictures)]].astype(np.float64)
+    largest = maps.max(axis=(0, 3), initial=0)
+    scaled = maps / np.where(largest > 0, largest, 1)[None, ..., None]
+    return {
+        "name": subject(results),
+        "layers": layers,
+        "heads": heads,
+        "grid": list(results.grid),
+        "champion": str(findings.champion),
+        "significant": [str(h) for h in every if marked[h.layer, h.index]],
+        "metrics": metrics,
+        "facts": {str(h): _facts(h, results, findings, ablation) for h in every},
+        "baselines": _baselines(findings),
+        "pictures": pictures,
+        "largest": largest.tolist(),
+        "maps": base64.b64encode(np.rint(255 * scaled).astype(np.uint8).tobytes()).decode(),
+    }
+
+
+def colours() -> dict[str, str]:
+    """256 colours of each map, as base64 of RGB bytes: around chance, from 0, and of attention."""
+    maps = {"signed": figures.MAP, "share": "cividis", "attention": gallery.MAP}
+    shades = {name: matplotlib.colormaps[of](np.arange(256))[:, :3] for name, of in maps.items()}
+    return {
+        name: base64.b64encode(np.rint(255 * rgb).astype(np.uint8).tobytes()).decode()
+        for name, rgb in shades.items()
+    }
+
+
+def _baselines(findings: Findings) -> list[list[str]]:
+    """Name, in-box mass and excess: of the fixed maps and the own prior, and the strongest map made
+    from pixels and the strongest untrained tower."""
+    rows, strongest = findings.baselines, []
+    for kind in ("pixels", "untrained"):
+        own = [row for row in rows if row.kind == kind and row.excess]
+        strongest += sorted(own, key=lambda row: -row.excess.estimate if row.excess else 0)[:1]
+    kept = [row for row in rows if row.kind == "fixed" or row.name.startswith("own prior")]
+    return [
+        [
+            row.name.partition(" (")[0] if row.kind != "pixels" else f"strongest: {row.name}",
+            span(row.mass),
+            span(row.excess, 4) if row.excess else "0 by definition",
+        ]
+        for row in [*kept, *strongest]
+    ]
+
+
+def _scored(results: SweepResults, findings: Findings) -> list[dict[str, Any]]:
+    """Means over pictures of each split; on validation with a band over all heads."""
+    verdict, judged = findings.verdict, results.rows("validation")
+    chosen = results.rows("discovery")
+    found = [
+        _metric(
+            "excess over own prior", 0.0, 4, verdict.discovery.mean, verdict.band, verdict.band.n
+        )
+    ]
+    scores = {
+        "in-box mass": (results.metrics["in_box_mass"], findings.area.estimate),
+        "patch AUROC": (results.metrics["patch_auroc"], 0.5),
+        "pointing game": (results.metrics["pointing"], findings.pointing_chance),
+        "class-token mass": (results.class_mass, None),
+        "sink share": (results.sink_mass, None),
+    }
+    draws, seed = results.manifest["draws"], results.manifest["seed"]
+    stratum = results.stratum[judged].astype(np.int64)
+    for name, (values, chance) in scores.items():
+        own = values[judged].astype(np.float64)
+        whole = np.isfinite(own).all(axis=(1, 2))  # a picture without a defined AUROC
+        band = simultaneous_band(own, np.where(whole, stratum, -1), 1, draws, seed)
+        mean = np.nanmean(values[chosen].astype(np.float64), axis=0)
+        found.append(_metric(name, chance, 3, mean, band, band.n))
+    return found
+
+
+def _metric(
+    name: str, chance: float | None, digits: int, discovery: np.ndarray, band: Band, n: int
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "chance": chance,
+        "digits": digits,
+        "discovery": discovery.tolist(),
+        "validation": {
+            "estimate": band.estimate.tolist(),
+            "low": band.low.tolist(),
+            "high": band.high.tolist(),
+            "n": n,
+        },
+    }
+
+
+def _causal(results: SweepResults, ablation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What removal changed, and what heads write directly; on validation alone."""
+    if ablation is None:
+        return []
+    found, n = [], ablation["n"]
+    for kind in dict.fromkeys(row["kind"] for row in ablation["units"]):
+        rows = {r["unit"]: r["margin"] for r in ablation["units"] if r["kind"] == kind}
+        found.append((f"margin, {kind} ablation", rows))
+    for kind, estimates in ablation["estimates"].items():
+        own = {head: of["direct"] for head, of in estimates.get("heads", {}).items()}
+        found.append((f"direct effect, {kind}", own))
+    return [
+        {
+            "name": name,
+            "chance": 0.0,
+            "digits": 4,
+            "discovery": None,
+            "validation": {
+                key: _grid(results, {head: row[key] for head, row in rows.items()})
+                for key in ("estimate", "low", "high")
+            }
+            | {"n": n},
+        }
+        for name, rows in found
+        if rows
+    ]
+
+
+def _grid(results: SweepResults, of: dict[str, float]) -> Rows:
+    layers, heads = results.shape
+    return [[of.get(str(Head(la, i))) for i in range(heads)] for la in range(layers)]
+
+
+def _facts(
+    head: Head, results: SweepResults, findings: Findings, ablation: dict[str, Any] | None
+) -> list[list[str]]:
+    """What is known of a head: a name, and the value with its interval, p and chance."""
+    verdict, at = findings.verdict, (head.layer, head.index)
+    row = findings.heads[head.layer * results.shape[1] + head.index]
+    band = {name: float(getattr(verdict.band, name)[at]) for name in ("estimate", "low", "high")}
+    facts = [
+        ["excess, validation", f"{span(band, 4)} (band over all heads; chance 0)"],
+        [
+            "excess, discovery",
+            f"{number(row['discovery_excess'], 4)}; max-T p {p_value(row['discovery_p_adjusted'])}",
+        ],
+    ]
+    if head in verdict.top:
+        k = verdict.top.index(head)
+        own = f"{span(verdict.validation[k], 4)}; p {p_value(verdict.p[k])}"
+        facts.append(["by itself, validation", f"{own}, Holm {p_value(verdict.p_holm[k])}"])
+    facts += [
+        ["in-box mass", f"{number(row['in_box_mass'])} (uniform {number(findings.area.estimate)})"],
+        ["patch AUROC", f"{number(row['patch_auroc'])} (chance 0.5)"],
+        ["pointing game", f"{number(row['pointing'])} (chance {number(findings.pointing_chance)})"],
+        ["stays on class token", number(row["class_mass"])],
+        ["on sinks, of the rest", number(row["sink_mass"])],
+        ["first on discovery", f"{percent(row['p_first'])} of resamples"],
+    ]
+    for unit in [] if ablation is None else ablation["units"]:
+        if unit["unit"] == str(head):
+            told = f"{span(unit['margin'], 4)}; adjusted p {p_value(unit['p_adjusted'])}"
+            place = f"number {unit['rank']} of {unit['of']} by loss"
+            facts.append([f"margin, {unit['kind']} ablation", f"{told}; {place}"])
+    for kind, estimates in ({} if ablation is None else ablation["estimates"]).items():
+        if str(head) in estimates.get("heads", {}):
+            own = estimates["heads"][str(head)]
+            facts.append([f"direct effect, {kind}", span(own["direct"], 4)])
+    for told in [] if ablation is None else ablation.get("words", {}).get(str(head), []):
+        facts.append(
+            [f"writes “{told['word']}”", f"{span(told['difference'], 4)} more where shown"]
+        )
+    n = f"{count(verdict.discovery.n)} discovery, {count(verdict.band.n)} validation"
+    return [*facts, ["pictures", n]]
+
+
+def _picture(results: SweepResults, i: int) -> dict[str, Any]:
+    """A picture of the gallery as the tower saw it."""
+    pixels: Float[np.ndarray, "3 s s"] = results.gallery_pixels[i]
+    side = pixels.shape[-1]
+    image, buffer = Image.fromarray(pixels.transpose(1, 2, 0)), io.BytesIO()
+    small = side <= LARGEST_PNG
+    image.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": QUALITY}))
+    kind = "png" if small else "jpeg"
+    name, split = gallery.facts(results, i)
+    row = results.gallery_rows[i]
+    return {
+        "name": name,
+        "split": split,
+        "src": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}",
+        "boxes": (gallery.boxes(results, i) / side).round(4).tolist(),
+        "area": number(gallery.box_area(results, i)),
+        "mass": results.metrics["in_box_mass"][row].astype(np.float64).round(6).tolist(),
+    }
