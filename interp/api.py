@@ -8,6 +8,7 @@ seconds and swept as in that of `sweep`.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -215,4 +216,5 @@ def _report(command: str, name: str, config: OfSweep) -> Report:
     # A list of pairs goes by its name; what it holds may be another one by now.
     listed = isinstance(config, PatchConfig) and config.pairs not in PAIRS
     found = None if listed else swept.standing(config, name, schema, asked)
-    return Report(command, found or getattr(module, f"{command}_one")(config)[0])
+    fresh = found or json.loads(json.dumps(getattr(module, f"{command}_one")(config)[0]))
+    return Report(command, fresh)
