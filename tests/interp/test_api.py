@@ -4,14 +4,17 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from interp import ablate, course, load, patch, relevance, sweep
 from interp.config import SweepConfig
 from interp.render.course import caption, figure
+from interp.results import SweepResults
 from interp.sweep import sweep_one
 from superclip.errors import UserError
 from tests.conftest import ROOT
+from tests.interp.sweeps import small_sweep
 
 FEW = {"num": 220, "draws": 199}
 
@@ -109,3 +112,16 @@ def test_a_course_needs_two_checkpoints_and_says_when(ckpt):
     assert labels == ["L0", "champion L1H0"]
     told["curves"]["champion L1H0"]["appears"] = None
     assert "at no step" in caption(told)
+
+
+def test_a_metric_may_be_undefined_and_a_map_may_not(tmp_path):
+    results = small_sweep()
+    results.metrics["normalised_mass"][0] = np.nan  # a picture that objects cover whole
+    results.save(tmp_path)
+    assert np.isnan(SweepResults.load(tmp_path).metrics["normalised_mass"][0]).all()
+    for array, bad in ((results.maps, np.nan), (results.metrics["excess"], np.inf)):
+        kept, array[0] = array[0].copy(), bad
+        results.save(tmp_path)
+        with pytest.raises(UserError, match="not finite"):
+            SweepResults.load(tmp_path)
+        array[0] = kept
