@@ -367,6 +367,7 @@ def test_the_command_writes_what_it_prints(tiny_run, swept_folder, config, capsy
     assert same["rank_min"] == same["rank_mean"]
     assert report["r2"]["tuned"]["estimate"][-1] == pytest.approx(1)
     again = read_layers(open_swept(config), replace(config, concepts="red,a red,left of"))
+    assert report.pop("asked")["concepts"] == "red,a red,left of"
     assert json.loads(json.dumps(again)) == report
     assert "--overwrite" in refused("interp.lens", *words)
 
