@@ -78,7 +78,7 @@ def test_superclip_beside_clip(tmp_path, monkeypatch):
     ran = Ran("04", tmp_path, monkeypatch, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
     assert ran.pictures == 2 and ran.text.count("The champion of 16 heads is") == 2
     assert "descriptive" in ran.text and "retrieval" in ran.text
-    (report,) = (ran.logs / "superclip").glob("compare_*.json")
+    (report,) = (ran.logs / "arms/superclip").glob("compare_*.json")
     assert json.loads(report.read_text())["paired"]
 
 
