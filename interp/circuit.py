@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,22 +36,29 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(CircuitConfig, argv, "python -m interp.circuit", DESCRIPTION)
+    report, path = circuit_one(config)
+    print(render(report))
+    print(f"\nwritten: {path}, circuit.graphml, circuit.png, circuit.npz")
+
+
+def circuit_one(config: CircuitConfig) -> tuple[dict[str, Any], Path]:
+    """Search, judge, draw and write one checkpoint's report."""
     import networkx
 
     from interp.render.canvas import png
     from interp.render.circuit import draw
-    from interp.swept import claim, open_swept, write_report
+    from interp.swept import asked, claim, open_swept, write_report
 
     path = claim(config, "circuit.json")
     report, arrays = find_circuit(open_swept(config), config)
+    report["asked"] = asked(config)
     with path.with_suffix(".npz").open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     graph = networkx.node_link_graph(report["graph"])
     networkx.write_graphml_xml(graph, path.with_suffix(".graphml"))
     path.with_suffix(".png").write_bytes(png(draw(report)))
     write_report(path, report)
-    print(render(report))
-    print(f"\nwritten: {path}, circuit.graphml, circuit.png, circuit.npz")
+    return report, path
 
 
 class _Pictures:

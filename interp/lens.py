@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,15 +43,22 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(LensConfig, argv, "python -m interp.lens", DESCRIPTION)
+    report, path = lens_one(config)
+    print(render(report))
+    print(f"\nwritten: {path}, lens.png")
+
+
+def lens_one(config: LensConfig) -> tuple[dict[str, Any], Path]:
+    """Read, draw and write one checkpoint's report."""
+    from interp.render.canvas import png
     from interp.render.lens import lens_figure
-    from interp.swept import claim, open_swept, write_report
+    from interp.swept import asked, claim, open_swept, write_report
 
     path, picture = claim(config, "lens.json"), claim(config, "lens.png")
-    report = read_layers(open_swept(config), config)
+    report = read_layers(open_swept(config), config) | {"asked": asked(config)}
     write_report(path, report)
-    picture.write_bytes(lens_figure(report))
-    print(render(report))
-    print(f"\nwritten: {path}, {picture.name}")
+    picture.write_bytes(png(lens_figure(report)))
+    return report, path
 
 
 def plain(text: str) -> str:

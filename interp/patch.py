@@ -35,17 +35,22 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(PatchConfig, argv, "python -m interp.patch", DESCRIPTION)
-    from interp.swept import claim, open_swept, write_report
-
-    path = claim(config, "patching.json")
-    report = patch(open_swept(config), config)
-    from interp.render.canvas import png
-    from interp.render.patching import figure
-
-    path.with_suffix(".png").write_bytes(png(figure(report)))
-    write_report(path, report)
+    report, path = patch_one(config)
     print(render(report))
     print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
+
+
+def patch_one(config: PatchConfig) -> tuple[dict[str, Any], Path]:
+    """Patch, draw and write one checkpoint's report."""
+    from interp.render.canvas import png
+    from interp.render.patching import figure
+    from interp.swept import asked, claim, open_swept, write_report
+
+    path = claim(config, "patching.json")
+    report = patch(open_swept(config), config) | {"asked": asked(config)}
+    path.with_suffix(".png").write_bytes(png(figure(report)))
+    write_report(path, report)
+    return report, path
 
 
 def make_pairs(swept: Swept, config: PatchConfig) -> tuple[list[Pair], int]:

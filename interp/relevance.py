@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,16 +33,23 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(RelevanceConfig, argv, "python -m interp.relevance", DESCRIPTION)
-    from interp.swept import claim, open_swept, write_arrays, write_report
+    report, path = relevance_one(config)
+    print(render(report))
+    print(f"\nwritten: {path}, relevance.npz")
+
+
+def relevance_one(config: RelevanceConfig) -> tuple[dict[str, Any], Path]:
+    """Draw, score and write the maps and the report of one checkpoint."""
+    from interp.swept import asked, claim, open_swept, write_arrays, write_report
 
     path, maps = claim(config, "relevance.json"), claim(config, "relevance.npz")
     swept = open_swept(config)
     found = collect(swept, config.methods)
     write_arrays(maps, found)
-    report = league(swept.results, found, config.draws, config.seed)
-    write_report(path, {"schema": SCHEMA} | swept.tie | report)
-    print(render(report))
-    print(f"\nwritten: {path}, {maps.name}")
+    facts = {"schema": SCHEMA, "asked": asked(config)} | swept.tie
+    report = facts | league(swept.results, found, config.draws, config.seed)
+    write_report(path, report)
+    return report, path
 
 
 def collect(swept: Swept, wanted: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,43 @@ def open_swept(config: OfSweep) -> Swept:
     return Swept(results, folder, subject, source, tower, device, config.batch_size)
 
 
+def beside(config: OfSweep, name: str) -> Path:
+    """A file beside the sweep."""
+    ckpt = config.ckpt
+    if ckpt is None and config.model is None and config.results is None:
+        ckpt = newest_checkpoint(Path("logs"))
+    return (config.results or default_folder(ckpt)) / name
+
+
+def asked(config: OfSweep) -> dict[str, Any]:
+    """The options that decide a report's numbers, beside checkpoint and pictures."""
+    free = {f.name for f in fields(OfSweep)} - {"seed", "draws"} | {"max_memory"}
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
+
+
+def standing(
+    config: OfSweep, name: str, schema: int, asked: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The report beside the sweep, if it is what is asked for now; None if there is none, or
+    `--overwrite` is given.
+
+    Raises:
+        UserError: if it is one of another sweep or of other options, or as `open_swept`.
+    """
+    path = beside(config, name)
+    if config.overwrite or not path.is_file():
+        return None
+    wanted = {"schema": schema, "asked": asked} | open_swept(config).tie
+    try:
+        report = json.loads(path.read_text())
+        unlike = [key for key in wanted if report.get(key) != wanted[key]]
+    except (ValueError, AttributeError):
+        unlike, report = ["content"], {}
+    if unlike:
+        raise UserError(f"{path} is another report ({unlike[0]} differs); --overwrite replaces it")
+    return report
+
+
 def claim(config: OfSweep, name: str) -> Path:
     """Where a command's report goes: beside the sweep, and not over another one.
 
@@ -180,10 +217,7 @@ def claim(config: OfSweep, name: str) -> Path:
         UserError: if the file is there already and `--overwrite` is not given, or the folder can't
             be written.
     """
-    ckpt = config.ckpt
-    if ckpt is None and config.model is None and config.results is None:
-        ckpt = newest_checkpoint(Path("logs"))
-    path = (config.results or default_folder(ckpt)) / name
+    path = beside(config, name)
     check_writable(path, "--results")
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists; --overwrite replaces it")

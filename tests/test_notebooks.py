@@ -1,35 +1,107 @@
-"""Notebooks hold no output and run from top to bottom."""
+"""Notebooks hold no output, run from top to bottom, show what they say, leave nothing behind."""
 
-import shutil
+import json
+import re
+import sys
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 from tests.conftest import ROOT
-from tests.interp.sweeps import small_sweep
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TRAIN = f"{sys.executable} -m superclip.train --train-num-samples 256 --batch-size 32"
+SUPERCLIP = f"{TRAIN} --head-vocab seen --out ../logs/notebooks/superclip"
+QUICK = {"NUM": 220, "DRAWS": 199}
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_stripped(path):
-    for cell in nbformat.read(path, 4).cells:
+def test_outputs_are_stripped_and_settings_come_first(path):
+    cells = nbformat.read(path, 4).cells
+    for cell in cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
+        assert cell.cell_type == "markdown" or not re.search(
+            r"^(def|class|for .*:$|try)", cell.source
+        )
+    assert cells[0].cell_type == "markdown" and "os.environ.get" in cells[1].source
+    assert sum(cell.cell_type == "markdown" for cell in cells) >= 5
 
 
-def test_attention_maps_run_on_a_checkpoint_and_its_sweep(tiny_run, tmp_path, monkeypatch):
-    shutil.copy(tiny_run / "final_epoch.pt", tmp_path)
-    small_sweep().save(tmp_path / "sweep")
-    monkeypatch.setenv("SUPERCLIP_CKPT", str(tmp_path / "final_epoch.pt"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(ROOT / "notebooks" / "01_attention_maps.ipynb", 4)
-    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
-    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
-    assert any("champion of 6 heads is L1H2" in output.get("text", "") for output in outputs)
+class Ran:
+    """A notebook executed in a folder of its own: its texts, its pictures, what it wrote."""
+
+    def __init__(self, number, folder, monkeypatch, **settings):
+        (path,) = (p for p in NOTEBOOKS if p.stem.startswith(number))
+        notebook = nbformat.read(path, 4)
+        notebook.cells[1].source += "".join(f"\n{k} = {v!r}" for k, v in settings.items())
+        monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
+        for name in ("SUPERCLIP_CKPT", "SUPERCLIP_AGAINST", "SUPERCLIP_DATA", "SUPERCLIP_COURSE"):
+            monkeypatch.delenv(name, raising=False)
+        (folder / "notebooks").mkdir()
+        resources = {"metadata": {"path": str(folder / "notebooks")}}
+        NotebookClient(notebook, timeout=280, kernel_name="python3", resources=resources).execute()
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        data = [output.get("data", {}) for output in outputs]
+        self.text = "\n".join(o.get("text", "") for o in outputs)
+        self.text += "\n".join(d.get("text/plain", "") for d in data)
+        self.pictures = sum("image/png" in d for d in data)
+        self.widgets = sum("application/vnd.jupyter.widget-view+json" in d for d in data)
+        self.logs = folder / "logs" / "notebooks"
+        assert not list((folder / "notebooks").iterdir())
+
+
+def test_attention_maps(tmp_path, monkeypatch):
+    ran = Ran("01", tmp_path, monkeypatch, **QUICK, TRAIN=SUPERCLIP)
+    assert ran.pictures == 4 and ran.widgets == 1
+    champion = json.loads((ran.logs / "superclip/sweep/findings.json").read_text())["champion"][
+        "head"
+    ]
+    assert f"The champion of 16 heads is {champion}, chosen on" in ran.text
+    assert "torch.Size([1, 4, 26, 26])" in ran.text and "(4, 4, 25)" in ran.text
+
+
+def test_sweep_and_statistics(tmp_path, monkeypatch):
+    ran = Ran("02", tmp_path, monkeypatch, **QUICK, TRAIN=SUPERCLIP, UNTRAINED=1)
+    findings = json.loads((ran.logs / "superclip/sweep/findings.json").read_text())
+    passed = sum(row["discovery_p_adjusted"] <= 0.05 for row in findings["heads"])
+    assert ran.pictures == 2
+    assert f"{passed} of 16 heads are significant on discovery" in ran.text
+    assert f"discovery: {passed} of 16 heads significant at .05 (max-T, 199" in ran.text
+
+
+def test_superclip_beside_clip(tmp_path, monkeypatch):
+    ran = Ran("04", tmp_path, monkeypatch, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
+    assert ran.pictures == 2 and ran.text.count("The champion of 16 heads is") == 2
+    assert "descriptive" in ran.text and "retrieval" in ran.text
+    (report,) = (ran.logs / "arms/superclip").glob("compare_*.json")
+    assert json.loads(report.read_text())["paired"]
+
+
+def test_grounding_appears(tmp_path, monkeypatch):
+    train = SUPERCLIP.replace("/superclip", "/course")
+    ran = Ran("05", tmp_path, monkeypatch, **QUICK, TRAIN=train, UNTRAINED=1, EVERY=4)
+    assert ran.pictures == 1 and re.search(r"step 4 +step 8 +appears", ran.text)
+    last = json.loads((ran.logs / "course/sweep-epoch_1/findings.json").read_text())
+    assert f"champion {last['champion']['head']} " in ran.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "number, pictures, says",
+    [
+        ("01", 4, r"The champion of 16 heads is L\dH\d, chosen on 505 discovery pictures"),
+        ("02", 2, r"champion minus it|16 heads are significant on discovery"),
+        ("03", 1, r"mean ablation of the champion L\dH\d \(n = 304\)"),
+        ("04", 2, r"descriptive"),
+        ("05", 1, r"step 100 +step 200 +step 300 +step 400 +step 500 +step 600 +appears"),
+    ],
+)
+def test_as_it_stands(number, pictures, says, tmp_path, monkeypatch):
+    ran = Ran(number, tmp_path, monkeypatch)
+    assert ran.pictures == pictures and re.search(says, ran.text)

@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from interp.render.canvas import LIGHT, Theme, place, png, themed, write
+from interp.render.canvas import LIGHT, Theme, place, themed, write
 from interp.render.words import count, plural
 
 ACROSS, WIDTH, HEIGHT, GAP = 4, 1.85, 1.2, 0.45
 
 
-def lens_figure(report: dict[str, Any], theme: Theme = LIGHT) -> bytes:
-    """R^2, mean AUC and the AUC of each word, in small panels; a PNG."""
+def lens_figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
+    """R^2, mean AUC and the AUC of each word, in small panels."""
     panels = [("R²", None, report["r2"]), ("AUC, mean over words", 0.5, report["mean"]["auc"])]
     panels += [
         (f"{row['concept']} ({row['with']} / {row['without']})", 0.5, row["auc"])
@@ -56,7 +56,7 @@ def lens_figure(report: dict[str, Any], theme: Theme = LIGHT) -> bytes:
             "validation; simultaneous 95 % bands; line: chance .5. R² is cut off below −.1.",
             size=7,
         )
-        return png(figure)
+    return figure
 
 
 def _curve(axes: Axes, curve: dict[str, list[float]], style: str, colour: str) -> None:

@@ -1,5 +1,6 @@
 """Lenses: against naive readings, by hand, with a word planted at a layer, and as a command."""
 
+import importlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -12,8 +13,6 @@ from conftest import refused
 from open_clip.transformer import VisionTransformer
 from reference import lens as naive
 
-from interp import lens as command_of
-from interp import sweep
 from interp.config import LensConfig
 from interp.hooked import HookedVisionTransformer
 from interp.lens import choose_words, open_lens, read_layers, render
@@ -27,9 +26,12 @@ from interp.lenses.emergence import (
     unit_band,
 )
 from interp.lenses.logit import PENALTIES, Lens, fit, read, word_ranks, word_scores
+from interp.sweep import main as sweep_command
 from interp.swept import open_swept
 from superclip.errors import UserError
 from superclip.model.superclip import SuperCLIP, TokenHead
+
+command_of = importlib.import_module("interp.lens")
 
 POOLS = {
     "class": {},
@@ -334,7 +336,7 @@ def test_words_are_chosen_whole():
 def swept_folder(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("lens") / "sweep"
     words = f"--ckpt {tiny_run / 'final_epoch.pt'} --out {out} --num 160 --untrained 0 --draws 99"
-    sweep.main([*words.split(), "--gallery", "0"])
+    sweep_command([*words.split(), "--gallery", "0"])
     return out
 
 
@@ -365,6 +367,7 @@ def test_the_command_writes_what_it_prints(tiny_run, swept_folder, config, capsy
     assert same["rank_min"] == same["rank_mean"]
     assert report["r2"]["tuned"]["estimate"][-1] == pytest.approx(1)
     again = read_layers(open_swept(config), replace(config, concepts="red,a red,left of"))
+    assert report.pop("asked")["concepts"] == "red,a red,left of"
     assert json.loads(json.dumps(again)) == report
     assert "--overwrite" in refused("interp.lens", *words)
 
