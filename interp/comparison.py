@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,150 +28,169 @@ EFFECT = 2.0
 """Points for which the power of a test is stated."""
 SHUFFLES = 199
 """Random pairings behind the chance level of CKA."""
-STREAMS = "class token", "patches"
+NAMES = "first", "second"
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Side:
-    """A checkpoint (its weights given up) and its sweep."""
+@dataclass(frozen=True)
+class Tower:
+    """A sweep, and the name that tables have for it."""
 
-    header: Checkpoint
+    name: str
     folder: Path
     results: SweepResults
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"file": self.header.path.name} | self.results.manifest["checkpoint"]
+        return self.results.manifest["checkpoint"]
 
-    def influence(self) -> np.ndarray:
-        return influence(self.results)
+    @cached_property
+    def judges(self) -> np.ndarray:
+        return self.results.rows("validation")
+
+    @cached_property
+    def stratum(self) -> np.ndarray:
+        return self.results.stratum[self.judges].astype(np.int64)
+
+    def influence(self, maps: np.ndarray) -> np.ndarray:
+        """What each validation picture adds to the excess of heads with these maps."""
+        from interp.grounding.metrics import PairScores
+        from interp.stats.intervals import influence_values
+
+        boxes = self.results.coverage[self.judges], self.results.valid[self.judges]
+        return influence_values(PairScores(maps[self.judges], *boxes), self.stratum)
+
+    @cached_property
+    def excess(self) -> np.ndarray:
+        return self.influence(self.results.maps)
+
+    @cached_property
+    def best(self) -> Head:
+        from interp.analysis import top_heads
+
+        return top_heads(self.results, 1)[0]
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """What needs no matching: excess of the best head of its own discovery, means of layers."""
+        layers = {f"L{k} mean": own for k, own in enumerate(self.excess.mean(2).T)}
+        return {"best head": self.excess[:, self.best.layer, self.best.index]} | layers
 
 
-def open_sides(config: CompareConfig) -> tuple[list[Side], list[Side]]:
-    """Both sides, seeds in order, before anything is measured.
+@dataclass(frozen=True)
+class Side(Tower):
+    """One model of a side; its weights are given up, as twelve models need not fit at once."""
+
+    checkpoint: Checkpoint
+
+
+def open_sides(config: CompareConfig) -> tuple[list[Side], list[Side], list[Tower]]:
+    """Both sides, seeds in order, and the further towers, before anything is measured.
 
     Raises:
-        UserError: if a checkpoint is not swept, a side is not one recipe, the sides share a
-            checkpoint, or the sweeps are not of the same pictures and the same kind of tower.
+        UserError: if one is not swept, a side is not one recipe, the sides share a checkpoint, or
+            sweeps are not of the same pictures and the same kind of tower.
     """
     from superclip.evaluation.tasks import seeds_of_one_recipe
-    from superclip.model.weights import brings_config, load_checkpoint
 
-    found: list[list[Side]] = []
-    for paths, name in zip(config.sides, ("the first side", "--against")):
-        side = []
-        for path in paths:
-            if not brings_config(path):
-                raise UserError(
-                    f"{path} is no checkpoint of superclip.train; plain open_clip weights go with "
-                    "--also, by the folder of their sweep"
-                )
-            header = load_checkpoint(path)
-            header.model.to("meta")  # twelve models need not fit at once
-            folder, results = open_sweep(path, config)
-            if header.sha256 != results.manifest["checkpoint"]["sha256"]:
-                raise UserError(
-                    f"{folder} is the sweep of another checkpoint than {path}; sweep it anew: "
-                    f"python -m interp.sweep --ckpt {path} --overwrite"
-                )
-            side.append(Side(header, folder, results))
-        seeds_of_one_recipe([s.header for s in side], name)
-        found.append(sorted(side, key=lambda s: s.facts["seed"]))
-    shas = [{s.header.sha256 for s in side} for side in found]
-    if shas[0] & shas[1]:
+    sides: list[list[Side]] = []
+    for paths, name in zip(config.sides, NAMES):
+        side = sorted((_open_side(p, name, config) for p in paths), key=lambda s: s.facts["seed"])
+        seeds_of_one_recipe([s.checkpoint for s in side], f"the {name} side")
+        if len(side) > 1:
+            side = [replace(s, name=f"{name}, seed {s.facts['seed']}") for s in side]
+        sides.append(side)
+    if {s.facts["sha256"] for s in sides[0]} & {s.facts["sha256"] for s in sides[1]}:
         raise UserError("both sides hold the same checkpoint; nothing to compare")
-    first = found[0][0]
-    for other in found[0][1:] + found[1]:
-        refuse_unlike(first.results, other.results, str(other.folder))
-    return found[0], found[1]
+    also = [_open_tower(path, config) for path in config.also]
+    for other in (*sides[0][1:], *sides[1], *also):
+        refuse_unlike(sides[0][0], other)
+    return sides[0], sides[1], also
 
 
-def open_sweep(path: Path, config: CompareConfig) -> tuple[Path, SweepResults]:
-    """The sweep beside a checkpoint, or in a folder.
-
-    Raises:
-        UserError: naming the command that is missing.
-    """
+def _open_tower(path: Path, config: CompareConfig) -> Tower:
+    """The sweep beside a checkpoint, or in a folder."""
     from interp.results import SweepResults
     from interp.subject import default_folder
 
     folder = path if path.is_dir() else default_folder(path, config.kind)
     if not path.is_dir() and not (folder / "results.json").is_file():
-        kind = "" if config.kind == "class" else f" --kind {config.kind}"
-        raise UserError(f"{path} is not swept; run python -m interp.sweep --ckpt {path}{kind}")
-    return folder, SweepResults.load(folder)
+        raise UserError(f"{path} is not swept; {_sweeping(path, config)}")
+    results = SweepResults.load(folder)
+    facts = results.manifest["checkpoint"]
+    told = facts.get("pretrained", facts["loss"]), facts["model"], facts["sha256"][:8]
+    return Tower(" ".join(told), folder, results)
 
 
-def refuse_unlike(mine: SweepResults, its: SweepResults, name: str, towers: bool = True) -> None:
-    """Raises UserError with the first thing in which two sweeps differ, and both its values.
+def _sweeping(path: Path, config: CompareConfig) -> str:
+    return f"run python -m interp.sweep --ckpt {path} --kind {config.kind}"
 
-    Args:
-        name: of the second. towers: whether layers and heads must be as many.
-    """
 
-    def told(results: SweepResults) -> dict[str, Any]:
-        tower, data = results.manifest["tower"], results.manifest["data"]
-        names = ("geometry", "image_size", "grid", *(("layers", "heads") if towers else ()))
-        return (
-            {"kind of attention": results.manifest["kind"]}
-            | {name.replace("_", " "): tower[name] for name in names}
-            | {"split": json.dumps(results.manifest["split"], sort_keys=True)}
-            | {"number of pictures": len(results.image_ids)}
-            | {"first picture": min({*results.image_ids} - {*both}, default=None)}
-            | {"set of boxes": results.manifest["images_sha256"]}
-            | {"set of data": f"{data['name']} {data['sha256']}"}
-            | {"set of strata": results.stratum.tolist()}
+def _open_side(path: Path, name: str, config: CompareConfig) -> Side:
+    from superclip.model.weights import brings_config, load_checkpoint
+
+    if not brings_config(path):
+        raise UserError(
+            f"{path} is no checkpoint of superclip.train; plain open_clip weights go with --also, "
+            "by the folder of their sweep"
         )
+    tower, checkpoint = _open_tower(path, config), load_checkpoint(path)
+    checkpoint.model.to("meta")
+    if checkpoint.sha256 != tower.facts["sha256"]:
+        again = f"{_sweeping(path, config)} --overwrite"
+        raise UserError(f"{tower.folder} is the sweep of another checkpoint; {again}")
+    return Side(name, tower.folder, tower.results, checkpoint)
 
-    both = {*mine.image_ids} & {*its.image_ids}
-    for (what, ours), theirs in zip(told(mine).items(), told(its).values()):
-        if ours != theirs:
+
+def refuse_unlike(one: Tower, other: Tower) -> None:
+    """Raises UserError with the first thing in which two sweeps differ, and both its values."""
+    ids = [{*s.results.image_ids.tolist()} for s in (one, other)]
+    idle = {"activation"} | (set() if isinstance(other, Side) else {"layers", "heads"})
+    told = [
+        {"kind of attention": (held := s.results.manifest)["kind"]}
+        | {k.replace("_", " "): v for k, v in held["tower"].items() if k not in idle}
+        | {"split": held["split"], "number of pictures": len(own)}
+        | {"picture that is its own": min(own - (ids[0] & ids[1]), default=None)}
+        | {"set of boxes": held["images_sha256"], "set of data": held["data"]["sha256"]}
+        for s, own in zip((one, other), ids)
+    ]
+    for what, mine in told[0].items():
+        if (its := told[1].get(what)) != mine:
             raise UserError(
-                f"{name} has another {what} than the first sweep: {str(theirs)[:80]}, not "
-                f"{str(ours)[:80]}; sweep both alike"
+                f"{other.folder} has another {what} than {one.folder}: {its}, not {mine}; sweep "
+                "both alike"
             )
 
 
 def compare(
-    sides: tuple[Sequence[Side], Sequence[Side]],
-    also: Sequence[tuple[str, SweepResults]],
-    config: CompareConfig,
+    first: Sequence[Side], second: Sequence[Side], also: Sequence[Tower], config: CompareConfig
 ) -> dict[str, Any]:
     """The report, as plain values; all differences are first minus second."""
     from interp.swept import open_swept
     from superclip.evaluation.tables import differences_of
     from superclip.evaluation.tasks import share_initial_weights
 
-    first, second = sides
-    single = len(first) == len(second) == 1
-    paired = share_initial_weights([s.header for s in first], [s.header for s in second])
+    single, results = len(first) == len(second) == 1, first[0].results
+    paired = share_initial_weights([s.checkpoint for s in first], [s.checkpoint for s in second])
     seen: list[list[Seen]] = []
-    for side in sides:
-        seen.append([])
-        for one in side:
-            swept = open_swept(config.sweep_of(one.header.path, one.folder))
-            seen[-1].append(see(swept, single))
-    measured = [[grounding(a, b) for a, b in zip(*arm)] for arm in zip(sides, seen)]
-    rows = differences_of(measured[0], measured[1], paired, EFFECT, config.draws)
-    for row in rows:
-        if row["task"] == "grounding":  # whether more of it is better is another question
-            row["verdict"] = row["verdict"].replace("better", "higher").replace("worse", "lower")
-    results = first[0].results
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "first": [s.facts for s in first],
-        "second": [s.facts for s in second],
-        "paired": paired,
-        "kind": results.manifest["kind"],
-        "images_sha256": results.manifest["images_sha256"],
+    for side in (first, second):
+        given = (replace(config, ckpt=s.checkpoint.path, results=s.folder) for s in side)
+        seen.append([see(open_swept(one), single) for one in given])
+    arms = [list(map(_measured, side, own)) for side, own in zip((first, second), seen)]
+    rows = differences_of(arms[0], arms[1], paired, EFFECT, config.draws)
+    for row in rows[: len(first[0].columns)]:  # more excess is no better by itself
+        row["verdict"] = row["verdict"].replace("better", "higher").replace("worse", "lower")
+    held = results.manifest
+    report: dict[str, Any] = {"schema": SCHEMA, "seed": config.seed, "draws": config.draws}
+    report |= {name: held[name] for name in ("kind", "images_sha256")} | {"paired": paired}
+    for name, side in zip((*NAMES, "also"), (first, second, also)):
+        report[name] = [tower.facts for tower in side]
+    report |= {
+        "data": held["data"]["name"],
         "n": len(results.rows("validation")),
         "discovery": len(results.rows("discovery")),
-        "data": results.manifest["data"]["name"],
-        "draws": config.draws,
-        "seed": config.seed,
         "differences": rows,
-        "towers": towers([*_named(first, "first"), *_named(second, "second"), *also], config),
+        "towers": towers([*first, *second, *also], config),
     }
     if single:
         report |= heads(first[0], second[0], seen[0][0], seen[1][0], config)
@@ -184,142 +204,84 @@ class Seen:
 
     Attributes:
         retrieval: R@1, both ways, among these pictures.
-        streams: `[layer, 2, image, d_model]`, the residual stream after each layer, class token
-            and mean of the patches; `direct` `[image, layer, head]`: change of the frozen margin
-            under direct mean ablation. Both None where not asked for.
-        before: streams and maps of the run's own initial weights, where they can be rebuilt.
+        streams: `[layer, 2, image, d_model]`, the residual stream after each layer: class token and
+            mean of the patches. direct: `[image, layer, head]`, change of the frozen margin under
+            direct mean ablation; None where not asked for.
+        start: streams and maps of the run's own initial weights, where they can be rebuilt.
     """
 
     retrieval: list[Measure]
-    streams: np.ndarray | None = None
+    streams: np.ndarray
     direct: np.ndarray | None = None
-    before: tuple[np.ndarray, np.ndarray] | None = None
+    start: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def see(swept: Swept, detail: bool) -> Seen:
-    """Run a tower over the sweep's validation pictures; with `detail` all of `Seen`."""
+    """Run a tower over the sweep's validation pictures; with `detail`, its start too."""
     import torch
 
+    from interp.causal.units import Ablation, mean_activations
     from interp.hooked import HookedVisionTransformer
     from superclip.evaluation.retrieval import retrieval
     from superclip.model.factory import build_clip
     from superclip.model.weights import state_sha256
 
     texts, owner = swept.captions("validation")
-    features, streams, _ = _pass(swept)
+    ablation = start = None
+    if detail:
+        discovery = swept.batches(swept.rows("discovery"), "means")
+        ablation = Ablation("mean", "all", mean_activations(swept.tower, discovery)[0])
+        subject = swept.subject
+        clip = build_clip(subject.model_config, subject.seed, subject.init_scale)
+        if state_sha256(clip.state_dict()) == subject.own_init:
+            tower = HookedVisionTransformer(clip.visual.to(swept.device).eval())
+            start = _pass(replace(swept, tower=tower), texts, owner)[1:3]
+    features, streams, _, direct = _pass(swept, texts, owner, ablation)
     pairs = torch.stack([owner, torch.arange(len(owner), device=owner.device)], 1)
     measures = [m for m in retrieval(features, texts, pairs) if m.name.endswith("R@1")]
-    if not detail:
-        return Seen(measures)
-    before, subject = None, swept.subject
-    clip = build_clip(subject.model_config, subject.seed, subject.init_scale)
-    if state_sha256(clip.state_dict()) == subject.own_init:
-        tower = HookedVisionTransformer(clip.visual.to(swept.device).eval())
-        before = _pass(replace(swept, tower=tower))[1:]
-    return Seen(measures, streams, _direct(swept, texts, owner), before)
+    return Seen(measures, streams, direct, start)
 
 
-def _pass(swept: Swept) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Features, streams and maps of the validation pictures."""
+def _pass(
+    swept: Swept, texts: Tensor, owner: Tensor, ablation: Any = None
+) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Features, streams, maps, and direct effects under the ablation if there is one."""
     import torch
 
+    from interp.causal.direct import caption_directions, direct_ablation
     from interp.collect import attention_maps
 
     tower, kind = swept.tower, swept.results.manifest["kind"]
-    features, streams, maps = [], [], []
+    features, streams, maps, direct = [], [], [], []
 
     def keep(value: Tensor, hook: Any) -> None:
         patches = value[:, tower.cfg.prefix_tokens :].mean(1)
-        streams[-1].append(torch.stack([value[:, 0], patches]).float().cpu().numpy())
+        streams[-1].append(torch.stack([value[:, 0], patches]).float().cpu())
+
+    def frozen(output: Tensor) -> Tensor:
+        rows = torch.arange(len(output), device=swept.device) + sum(map(len, features[:-1]))
+        return caption_directions(output, texts, owner, rows)[:, 2:]
 
     with torch.no_grad():
         for images in swept.batches(swept.rows("validation"), "validation"):
             streams.append([])
-            hooks = [(lambda name: name.endswith("hook_resid_post"), keep)]
-            features.append(tower.run_with_hooks(images, fwd_hooks=hooks))
+            hook = (lambda name: name.endswith("hook_resid_post")), keep
+            features.append(tower.run_with_hooks(images, fwd_hooks=[hook]))
             maps.append(attention_maps(tower, images, kind)[0])
+            if ablation is not None:
+                direct.append(direct_ablation(tower, images, frozen, ablation)[..., 0].cpu())
+    every = torch.cat([torch.stack(layers) for layers in streams], dim=2).numpy()
     unit = torch.nn.functional.normalize(torch.cat(features), dim=-1)
-    return unit, np.concatenate([np.stack(s) for s in streams], axis=2), np.concatenate(maps)
+    return unit, every, np.concatenate(maps), torch.cat(direct).numpy() if direct else None
 
 
-def _direct(swept: Swept, texts: Tensor, owner: Tensor) -> np.ndarray:
-    """As `interp.ablate` has it beside mean ablation, of every head, image by image."""
-    import torch
-
-    from interp.causal.direct import caption_directions, direct_ablation
-    from interp.causal.units import Ablation, mean_activations
-
-    discovery = swept.batches(swept.rows("discovery"), "means")
-    ablation = Ablation("mean", "all", mean_activations(swept.tower, discovery)[0])
-    found: list[Tensor] = []
-    for images in swept.batches(swept.rows("validation"), "direct effects"):
-        start = sum(map(len, found))
-        chosen = torch.arange(start, start + len(images), device=swept.device)
-
-        def frozen(features: Tensor, chosen: Tensor = chosen) -> Tensor:
-            return caption_directions(features, texts, owner, chosen)[:, 2:]
-
-        found.append(direct_ablation(swept.tower, images, frozen, ablation)[..., 0].cpu())
-    return torch.cat(found).double().numpy()
-
-
-def influence(results: SweepResults) -> np.ndarray:
-    """What each validation picture adds to the excess of every head."""
-    from interp.grounding.metrics import PairScores
-    from interp.stats.intervals import influence_values
-
-    rows = results.rows("validation")
-    pairs = PairScores(results.maps[rows], results.coverage[rows], results.valid[rows])
-    return influence_values(pairs, results.stratum[rows].astype(np.int64))
-
-
-def grounding(side: Side, seen: Seen) -> list[Result]:
-    """What a model shows as a whole: excess of the head that its own discovery chose, mean excess
-    of each layer's heads, and R@1."""
-    from interp.analysis import top_heads
+def _measured(side: Side, seen: Seen) -> list[Result]:
+    """Of one model, what compares without matching heads."""
     from superclip.evaluation.measures import Mean, Measure, Result
 
-    values, head = side.influence(), top_heads(side.results, 1)[0]
-    shown = {"best head's excess": values[:, head.layer, head.index]}
-    shown |= {f"L{k} mean excess": own for k, own in enumerate(values.mean(2).T)}
-    n, manifest = len(values), side.results.manifest
-    of = [Measure(name, Mean(own, np.arange(n), n), 0.0) for name, own in shown.items()]
-    data: dict[str, object] = {"name": manifest["data"]["name"], "pictures": n}
-    data["images_sha256"] = manifest["images_sha256"]
-    return [Result("grounding", data, of), Result("retrieval", data, seen.retrieval)]
-
-
-def _named(side: Sequence[Side], name: str) -> list[tuple[str, SweepResults]]:
-    several = len(side) > 1
-    return [(f"{name}, seed {s.facts['seed']}" if several else name, s.results) for s in side]
-
-
-def towers(named: Sequence[tuple[str, SweepResults]], config: CompareConfig) -> Rows:
-    """A row a tower: excess of the best head of its own discovery, and means of layers; then, of
-    each sweep, the best of its untrained towers. One simultaneous band over all numbers."""
-    from interp.analysis import top_heads
-    from interp.stats.intervals import simultaneous_band
-
-    rows, values, untrained = [], [], []
-    results = named[0][1]
-    stratum = results.stratum[results.rows("validation")].astype(np.int64)
-    for name, results in named:
-        own, head = influence(results), top_heads(results, 1)[0]
-        above = simultaneous_band(own, stratum, 2, config.draws, config.seed).low > 0
-        rows.append({"tower": name, "head": str(head), "above": int(above.sum()), "of": above.size})
-        values.append([own[:, head.layer, head.index], *own.mean(2).T])
-        for k, facts in enumerate(results.manifest["untrained"]):
-            single = replace(results, maps=results.untrained_maps[:, k, None, None])
-            untrained.append((facts, influence(single)[:, 0, 0]))
-    if untrained:
-        facts, best = max(untrained, key=lambda found: found[0]["discovery_excess"])
-        rows.append({"tower": f"best of {len(untrained)} untrained", "head": facts["head"]})
-        values.append([best])
-    flat = np.stack([column for own in values for column in own], 1)
-    cells = bands(flat, stratum, 2, config)
-    for row, own in zip(rows, values):
-        row["best"], *row["layers"] = [cells.pop(0) for _ in own]
-    return rows
+    n, data = len(side.judges), {"name": side.results.manifest["data"]["name"]}
+    columns = [Measure(k, Mean(v, np.arange(n), n), 0.0) for k, v in side.columns.items()]
+    return [Result("excess", {**data}, columns), Result("retrieval", {**data}, seen.retrieval)]
 
 
 def bands(values: np.ndarray, stratum: np.ndarray, lost: int, config: CompareConfig) -> Rows:
@@ -329,6 +291,27 @@ def bands(values: np.ndarray, stratum: np.ndarray, lost: int, config: CompareCon
     band = simultaneous_band(values, stratum, lost, config.draws, config.seed)
     ends = zip(band.estimate.tolist(), band.low.tolist(), band.high.tolist())
     return [{"estimate": e, "low": low, "high": high, "n": band.n} for e, low, high in ends]
+
+
+def towers(sides: Sequence[Tower], config: CompareConfig) -> Rows:
+    """A row a tower: how many heads have a band above 0, the best one and means of layers; and
+    the best untrained tower of all sweeps. One simultaneous band over all these numbers."""
+    rows, cells, untrained, stratum = [], [], [], sides[0].stratum
+    for side in sides:
+        every = bands(side.excess.reshape(len(stratum), -1), stratum, 2, config)
+        above = sum(row["low"] > 0 for row in every)
+        rows.append({"tower": side.name, "head": str(side.best), "above": above, "of": len(every)})
+        cells.append(list(side.columns.values()))
+        for k, facts in enumerate(side.results.manifest["untrained"]):
+            untrained.append((facts["discovery_excess"], len(untrained), facts["head"], side, k))
+    if untrained:
+        *_, head, side, k = max(untrained)
+        rows.append({"tower": f"best of {len(untrained)} untrained", "head": head})
+        cells.append([side.influence(side.results.untrained_maps[:, [k]])[:, 0]])
+    found = bands(np.stack([values for own in cells for values in own], axis=1), stratum, 2, config)
+    for row, own in zip(rows, cells):
+        row["best"], *row["layers"] = (found.pop(0) for _ in own)
+    return rows
 
 
 def contrast(
@@ -351,116 +334,97 @@ def contrast(
 def heads(a: Side, b: Side, mine: Seen, its: Seen, config: CompareConfig) -> dict[str, Any]:
     """Head by head. Discovery matches, validation judges.
 
-    Where the initial weights are shared, a head keeps its index if it still is the best match for
-    more than half of the heads; else the pairing within each layer is that of the largest sum of
-    map correlations.
+    Where the initial weights are shared, a head keeps its index if that still is the best match of
+    more than half of the heads; else heads are paired within layers so that the sum of the
+    correlations of their maps is largest.
     """
-    from interp.stats.likeness import assignment, map_correlations, neighbours
+    from interp.stats import likeness
 
-    chooses, judges = a.results.rows("discovery"), a.results.rows("validation")
-    likeness = map_correlations(a.results.maps[chooses], b.results.maps[chooses])
-    layers, count, _ = likeness.shape
+    n, (layers, count) = len(a.judges), a.results.shape
+
+    def by_layer(function: Callable[..., np.ndarray], one: np.ndarray, two: np.ndarray):
+        return [function(one[:, k], two[:, k]) for k in range(layers)]
+
+    def flat(function: Callable[..., np.ndarray], one: np.ndarray, two: np.ndarray) -> np.ndarray:
+        return np.concatenate(by_layer(function, one, two), axis=1)
+
+    chosen = [s.results.maps[s.results.rows("discovery")] for s in (a, b)]
+    agreement = by_layer(likeness.map_correlations, *chosen)
     index = np.tile(np.arange(count), (layers, 1))
-    same = int((likeness.argmax(axis=2) == index).sum())
-    starts = [s.header.facts.get("init_sha256") for s in (a, b)]
-    shared = starts[0] is not None and starts[0] == starts[1]
+    same = int((np.argmax(agreement, axis=2) == index).sum())
+    shared = len({s.checkpoint.facts["init_sha256"] for s in (a, b)}) == 1
     by_index = shared and 2 * same > index.size
-    order = index if by_index else assignment(likeness)
+    order = index if by_index else np.stack(list(map(likeness.assignment, agreement)))
     at = np.arange(layers)[:, None], order
-
-    def flat(values: np.ndarray) -> np.ndarray:
-        return values.reshape(len(values), -1).astype(np.float64)
-
-    stratum = a.results.stratum[judges].astype(np.int64)
-    other, everyone = neighbours(stratum), np.zeros(len(judges), np.int64)
-    maps = a.results.maps[judges], b.results.maps[judges][:, *at]
-    agree, chance = map_correlations(*maps), map_correlations(maps[0], maps[1][other])
-    masses = (s.results.metrics["in_box_mass"][judges] for s in (a, b))
-    apart = flat(_divergence(*maps))
-    between = flat(sum(_divergence(m, m[other]) for m in maps) / 2)
+    maps = a.results.maps[a.judges], b.results.maps[b.judges][:, *at]
+    other, whole = likeness.neighbours(a.stratum), np.zeros(n, np.int64)
+    r, jsd = likeness.correlation_values, likeness.jensen_shannon
+    alike = {"r": flat(r, *maps), "r_other": flat(r, maps[0], maps[1][other])}
+    between = flat(jsd, maps[0], maps[0][other]) + flat(jsd, maps[1], maps[1][other])
+    apart = {"jsd": flat(jsd, *maps), "jsd_other": between / 2}
+    if mine.start and its.start:
+        apart["moved_first"] = flat(jsd, maps[0], mine.start[1])
+        apart["moved_second"] = flat(jsd, maps[1], its.start[1][:, *at])
+    found: dict[str, Rows] = {}
+    for family in (alike, apart):
+        told = bands(np.concatenate(list(family.values()), axis=1), a.stratum, 1, config)
+        found |= {name: told[k * index.size :] for k, name in enumerate(family)}
+    masses = [s.results.metrics["in_box_mass"][s.judges] for s in (a, b)]
     assert mine.direct is not None and its.direct is not None
-    columns = {
-        "excess": (a.influence(), b.influence(), stratum, 2),
-        "mass": (*masses, stratum, 1),
-        "direct": (mine.direct, its.direct, everyone, 1),
-    }
-    removed, note = _removal(a, b)
-    if removed is not None:
-        columns["removal"] = (*removed, everyone, 1)
-    found = {
-        name: contrast(flat(one), flat(two[:, *at]), label, lost, config)
-        for name, (one, two, label, lost) in columns.items()
-    }
-    found["divergence"] = bands(apart, stratum, 1, config)
-    found["divergence_less_other_picture"] = contrast(apart, between, stratum, 1, config)
-    rows = []
-    for k, (layer, head) in enumerate(np.ndindex(layers, count)):
-        row: dict[str, Any] = {
-            "first": str(Head(layer, head)),
-            "second": str(Head(layer, int(order[layer, head]))),
-            "best_match": str(Head(layer, int(likeness[layer, head].argmax()))),
-            "correlation": float(agree[layer, head, head]),
-            "correlation_other_picture": float(chance[layer, head, head]),
-        }
-        rows.append(row | {name: values[k] for name, values in found.items()})
-    for name, own, seen in (("first", maps[0], mine), ("second", maps[1], its)):
-        if seen.before is not None:
-            start = seen.before[1] if name == "first" else seen.before[1][:, *at]
-            for row, moved in zip(rows, flat(_divergence(own, start)).mean(0)):
-                row.setdefault("moved", {})[name] = float(moved)
-    matching = {"by_index": by_index, "shared_initial_weights": shared, "same_index_best": same}
-    matching |= {"of": index.size, "by_chance": layers, "on": len(chooses)}
-    return {"matching": matching, "heads": rows, "removal_missing": note}
+    removed, missing = _removal(a, b)
+    tested = [("excess", a.excess, b.excess, a.stratum, 2), ("mass", *masses, a.stratum, 1)]
+    tested.append(("direct", mine.direct, its.direct, whole, 1))
+    tested += [("removal", *removed, whole, 1)] if removed else []
+    for name, one, two, labels, lost in tested:
+        pair = [values.reshape(n, -1).astype(np.float64) for values in (one, two[:, *at])]
+        found[name] = contrast(pair[0], pair[1], labels, lost, config)
+    clear = sum(r["low"] > o["high"] for r, o in zip(found["r"], found["r_other"]))
+    rows = [
+        {"first": str(Head(*own)), "second": str(Head(own[0], int(order[own])))}
+        | {name: values[k] for name, values in found.items()}
+        for k, own in enumerate(np.ndindex(layers, count))
+    ]
+    matching = {"by_index": by_index, "shared_start": shared, "same_index": same, "alike": clear}
+    return {"matching": matching, "heads": rows, "no_removal": missing}
 
 
-def _divergence(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Layer by layer: in float64 the maps of a large tower fill the memory."""
-    from interp.stats.likeness import jensen_shannon
-
-    layers = zip(first.swapaxes(0, 1), second.swapaxes(0, 1))
-    return np.stack([jensen_shannon(one, two) for one, two in layers], axis=1)
-
-
-def _removal(a: Side, b: Side) -> tuple[list[np.ndarray] | None, str | None]:
-    """Change of margin under mean ablation of every head, `[image, layer, head]`, of both; or what
-    must be run first."""
+def _removal(a: Side, b: Side) -> tuple[tuple[np.ndarray, ...], str | None]:
+    """Change of margin under mean ablation of every head, `[image, layer, head]`, of both; or the
+    side whose checkpoint must be ablated first."""
     from interp.swept import tie
     from interp.timeline import load_effects
 
-    found = []
-    for side in (a, b):
-        path, (layers, heads) = side.folder / "ablation.json", side.results.shape
-        names = [f"mean {Head(*at)}" for at in np.ndindex(layers, heads)]
+    found, wanted = [], {"tokens": "all"}
+    for name, side in zip(NAMES, (a, b)):
+        path, shape = side.folder / "ablation.json", side.results.shape
+        units = [f"mean {Head(*at)}" for at in np.ndindex(shape)]
         held = json.loads(path.read_text()) if path.is_file() else {}
-        wanted = tie(side.results) | {"tokens": "all"}
-        effects = load_effects(side.folder) if held else {}
-        if any(held.get(k) != v for k, v in wanted.items()) or not {*names} <= {*effects}:
-            again = " --overwrite" if held else ""
-            return None, f"python -m interp.ablate --ckpt {side.header.path}{again}"
-        found.append(np.stack([effects[n] for n in names], 1).reshape(-1, layers, heads))
-    return found, None
+        fits = all(held.get(k) == v for k, v in (wanted | tie(side.results)).items())
+        effects = load_effects(side.folder) if fits else {}
+        if not {*units} <= {*effects}:
+            return (), name
+        found.append(np.stack([effects[unit] for unit in units], axis=1).reshape(-1, *shape))
+    return tuple(found), None
 
 
 def cka(mine: Seen, its: Seen, config: CompareConfig) -> dict[str, Any]:
-    """Debiased linear CKA of the streams layer by layer, and with each one's own start."""
-    from interp.stats.intervals import LEVEL
+    """Debiased linear CKA layer by layer, of the two and of each with its own start, with one
+    simultaneous band; and what pictures paired at random reach."""
     from interp.stats.likeness import cka_shuffled, cka_values, u_centred
 
-    assert mine.streams is not None and its.streams is not None
-    starts = {"first and its start": (mine, mine.before), "second and its start": (its, its.before)}
     pairs = {"first and second": (mine.streams, its.streams)}
-    pairs |= {k: (s.streams, b[0]) for k, (s, b) in starts.items() if b is not None}
-    values, places, shuffled = [], [], []
+    if mine.start and its.start:
+        pairs["first and its start"] = mine.streams, mine.start[0]
+        pairs["second and its start"] = its.streams, its.start[0]
+    values, rows, shuffled = [], [], []
     for name, streams in pairs.items():
         for layer, token in np.ndindex(mine.streams.shape[:2]):
-            grams = [u_centred(s[layer, token]) for s in streams]
-            values.append(cka_values(grams[0], grams[1]))
-            places.append((name, layer, STREAMS[token]))
+            one, two = (u_centred(s[layer, token]) for s in streams)
+            values.append(cka_values(one, two))
+            rows.append({"pair": name, "layer": f"L{layer}", "stream": ("class", "patches")[token]})
             if name == "first and second":
-                shuffled.append(cka_shuffled(grams[0], grams[1], SHUFFLES, config.seed))
-    flat = np.stack(values, 1)
-    rows = bands(flat, np.zeros(len(flat), np.int64), 1, config)
-    for row, (name, layer, token) in zip(rows, places):
-        row |= {"pair": name, "layer": f"L{layer}", "stream": token, "high": min(row["high"], 1.0)}
-    chance = float(np.quantile(np.max(shuffled, axis=0), LEVEL))
-    return {"rows": rows, "shuffled_95": chance, "shuffles": SHUFFLES}
+                shuffled.append(cka_shuffled(one, two, SHUFFLES, config.seed))
+    flat = np.stack(values, axis=1)
+    for row, band in zip(rows, bands(flat, np.zeros(len(flat), np.int64), 1, config)):
+        row |= band | {"high": min(band["high"], 1.0)}
+    return {"rows": rows, "shuffled_95": float(np.quantile(np.max(shuffled, axis=0), 0.95))}

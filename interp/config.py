@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from tyro.conf import Positional
+from tyro.conf import Fixed, Positional, Suppress
 
 from superclip.config import check_seed
 from superclip.errors import UserError
 
 Kind = Literal["class", "patches"]
+T = TypeVar("T")
+Hidden = Annotated[T, Fixed, Suppress]  # no flag
 PAIRS = ("fill", "swap", "colour", "category")
 
 
@@ -246,58 +248,35 @@ class CircuitConfig(OfSweep):
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """What `interp.compare` sets side by side."""
+class CompareConfig(OfSweep):
+    """What `interp.compare` sets side by side; each checkpoint in turn becomes its `ckpt`."""
 
+    ckpt: Hidden[Path | None] = None
+    results: Hidden[Path | None] = None
+    model: Hidden[str | None] = None
+    pretrained: Hidden[str | None] = None
     ckpts: Positional[tuple[Path, ...]] = ()
-    """Two checkpoints of superclip.train that are swept. With --against: those of the first side,
+    """Two checkpoints of superclip.train, swept before. With --against: those of the first side,
     one, or one a seed of the same recipe."""
     against: tuple[Path, ...] | None = None
     """Checkpoints of the second side: one, or one a seed."""
     also: tuple[Path, ...] = ()
-    """Further towers for the table of grounding: checkpoints that are swept, or folders of sweeps
-    (as of plain open_clip weights)."""
+    """Further towers for the table of grounding: checkpoints, or folders of sweeps (of plain
+    open_clip weights, say)."""
     kind: Kind = "class"
-    """Whose attention; the sweeps of that kind must stand beside the checkpoints."""
-    data: str | None = None
-    """The data of the sweeps, where that was not the checkpoints' own; with --root and --split as
-    there."""
-    root: Path | None = None
-    """Folder of --data coco."""
-    split: str | None = None
-    """Split of the data."""
-    seed: int = 0
-    """Seed of all draws."""
-    draws: int = 9999
-    """Bootstrap draws and sign flips."""
-    batch_size: int = 32
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1."""
-    threads: int | None = None
-    """CPU threads."""
-    overwrite: bool = False
-    """Replace an earlier comparison of the same checkpoints."""
+    """Whose attention: which of the sweeps beside the checkpoints."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
-        if self.against is None and len(self.ckpts) != 2 or not self.ckpts:
+        super().__post_init__()
+        if not self.ckpts or (self.against is None and len(self.ckpts) != 2):
             raise UserError(
-                f"{len(self.ckpts)} checkpoint(s) to compare; name two, or the seeds of two sides: "
+                f"{len(self.ckpts)} checkpoint(s) named; name two, or the seeds of two sides: "
                 "A ... --against B ..."
             )
-        if self.data == "coco" and self.root is None:
-            raise UserError("--data coco needs --root FOLDER (with annotations/ in it)")
 
     @property
-    def sides(self) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-        if self.against is None:
-            return self.ckpts[:1], self.ckpts[1:]
-        return self.ckpts, self.against
-
-    def sweep_of(self, ckpt: Path, results: Path) -> OfSweep:
-        """One checkpoint's part of it."""
-        names = ("data", "root", "split", "seed", "draws", "batch_size", "device", "threads")
-        return OfSweep(ckpt, results, **{n: getattr(self, n) for n in (*names, "overwrite")})
+    def sides(self) -> tuple[tuple[Path, ...], ...]:
+        return (self.ckpts, self.against) if self.against else (self.ckpts[:1], self.ckpts[1:])
 
 
 @dataclass(frozen=True)
@@ -315,7 +294,7 @@ class ReportConfig:
     """Replace a page and pictures that stand there."""
 
 
-def _check_sizes(config: SweepConfig | OfSweep | CompareConfig) -> None:
+def _check_sizes(config: SweepConfig | OfSweep) -> None:
     """What all commands need; fewer than 99 draws make no 95 % interval."""
     check_seed("--seed", config.seed)
     for name in ("ckpt", "results", "out"):
