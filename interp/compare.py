@@ -33,7 +33,8 @@ def main(argv: list[str]) -> None:
     """Parse, compare, write, print."""
     from superclip.flags import parse
 
-    known = [f.name for f in fields(CompareConfig) if "Hidden" not in str(f.type)]
+    hidden = ("Hidden", "Positional")
+    known = [f.name for f in fields(CompareConfig) if not str(f.type).startswith(hidden)]
     config = parse(CompareConfig, argv, "python -m interp.compare", DESCRIPTION, known=known)
     from interp.comparison import compare, open_sides
     from interp.swept import claim, write_report

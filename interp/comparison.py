@@ -28,6 +28,8 @@ EFFECT = 2.0
 """Points for which the power of a test is stated."""
 SHUFFLES = 199
 """Random pairings behind the chance level of CKA."""
+ROUNDING = 1e-6
+"""What single precision can't tell apart is equal."""
 NAMES = "first", "second"
 Rows = list[dict[str, Any]]
 
@@ -320,9 +322,16 @@ def contrast(
     """Paired differences of `[image, head]` values: simultaneous band, and sign flips by image with
     max-T over the heads; `verdict` is empty unless both say the same."""
     from interp.stats.multiplicity import sign_flip_test
+    from interp.stats.splits import groups
 
-    rows = bands(first - second, stratum, lost, config)
-    test = sign_flip_test(first - second, True, config.draws, config.seed)
+    difference = first - second
+    difference *= np.abs(difference).max(axis=0) > ROUNDING
+    rows = bands(difference, stratum, lost, config)
+    for members in groups(stratum):  # of values that were centred more than once, the full spread
+        own, size = difference[members], len(members)
+        stretch = np.sqrt((size - 1) / (size - lost)) - 1
+        difference[members] += stretch * (own - own.mean(axis=0))
+    test = sign_flip_test(difference, True, config.draws, config.seed)
     for k, row in enumerate(rows):
         row |= {"first": float(first[:, k].mean()), "second": float(second[:, k].mean())}
         row |= {"p": float(test.p[k]), "p_adjusted": float(test.p_adjusted[k])}

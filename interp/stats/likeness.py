@@ -97,7 +97,7 @@ def cka_values(first: Gram, second: Gram) -> Float[np.ndarray, " n"]:
 
 def cka_shuffled(first: Gram, second: Gram, draws: int, seed: int) -> Float[np.ndarray, " draws"]:
     """CKA where images are paired at random; draw by draw alike for all matrices."""
-    size = _or_infinite(np.sqrt((first**2).sum() * (second**2).sum()))
+    size = float(np.linalg.norm(first) * np.linalg.norm(second)) or np.inf
     rng = generator(seed, Purpose.PAIRING)
     orders = [rng.permutation(len(first)) for _ in range(draws)]
     return np.array([np.vdot(first, second[order][:, order]) / size for order in orders])
