@@ -65,6 +65,7 @@ def render(report: dict[str, Any]) -> str:
         f"discovery choose; attention of the {query}; first minus second, in points:",
         "",
         *difference_lines(report["differences"]),
+        "chance: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in report["chance"].items()),
         "",
         *_towers(report["towers"]),
         "",

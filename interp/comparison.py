@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 EFFECT = 2.0
 """Points for which the power of a test is stated."""
-SHUFFLES = 199
+SHUFFLES = 99
 """Random pairings behind the chance level of CKA."""
 ROUNDING = 1e-6
 """What single precision can't tell apart is equal."""
@@ -192,6 +192,7 @@ def compare(
         "n": len(results.rows("validation")),
         "discovery": len(results.rows("discovery")),
         "differences": rows,
+        "chance": {m.name: m.chance for m in seen[0][0].retrieval},
         "towers": towers([*first, *second, *also], config),
     }
     if single:
@@ -264,17 +265,19 @@ def _pass(
         rows = torch.arange(len(output), device=swept.device) + sum(map(len, features[:-1]))
         return caption_directions(output, texts, owner, rows)[:, 2:]
 
-    with torch.no_grad():
-        for images in swept.batches(swept.rows("validation"), "validation"):
-            streams.append([])
-            hook = (lambda name: name.endswith("hook_resid_post")), keep
-            features.append(tower.run_with_hooks(images, fwd_hooks=[hook]))
+    def project(value: Tensor, hook: Any) -> None:
+        features.append(torch.nn.functional.normalize(value, dim=-1))
+
+    hooks = [((lambda name: name.endswith("hook_resid_post")), keep), ("hook_proj", project)]
+    for images in swept.batches(swept.rows("validation"), "validation"):
+        streams.append([])
+        with torch.no_grad(), tower.hooks(fwd_hooks=hooks):
             maps.append(attention_maps(tower, images, kind)[0])
-            if ablation is not None:
-                direct.append(direct_ablation(tower, images, frozen, ablation)[..., 0].cpu())
+        if ablation is not None:
+            direct.append(direct_ablation(tower, images, frozen, ablation)[..., 0].cpu())
     every = torch.cat([torch.stack(layers) for layers in streams], dim=2).numpy()
-    unit = torch.nn.functional.normalize(torch.cat(features), dim=-1)
-    return unit, every, np.concatenate(maps), torch.cat(direct).numpy() if direct else None
+    whole = torch.cat(direct).numpy() if direct else None
+    return torch.cat(features), every, np.concatenate(maps), whole
 
 
 def _measured(side: Side, seen: Seen) -> list[Result]:
@@ -340,34 +343,45 @@ def contrast(
     return rows
 
 
-def heads(a: Side, b: Side, mine: Seen, its: Seen, config: CompareConfig) -> dict[str, Any]:
-    """Head by head. Discovery matches, validation judges.
+def by_layer(
+    function: Callable[..., np.ndarray], one: np.ndarray, two: np.ndarray
+) -> list[np.ndarray]:
+    return [function(one[:, k], two[:, k]) for k in range(one.shape[1])]
+
+
+def match(a: Side, b: Side) -> tuple[np.ndarray, dict[str, Any]]:
+    """For each head of `a` the index of its own in `b`, `[layer, head]`, by discovery pictures; and
+    how it was found.
 
     Where the initial weights are shared, a head keeps its index if that still is the best match of
     more than half of the heads; else heads are paired within layers so that the sum of the
     correlations of their maps is largest.
     """
-    from interp.stats import likeness
+    from interp.stats.likeness import assignment, map_correlations
 
-    n, (layers, count) = len(a.judges), a.results.shape
+    chosen = [s.results.maps[s.results.rows("discovery")] for s in (a, b)]
+    agreement = np.stack(by_layer(map_correlations, *chosen))
+    index = np.tile(np.arange(agreement.shape[1]), (len(agreement), 1))
+    same = int((agreement.argmax(axis=2) == index).sum())
+    shared = len({s.checkpoint.facts["init_sha256"] for s in (a, b)}) == 1
+    by_index = shared and 2 * same > index.size
+    order = index if by_index else np.stack(list(map(assignment, agreement)))
+    return order, {"by_index": by_index, "shared_start": shared, "same_index": same}
 
-    def by_layer(function: Callable[..., np.ndarray], one: np.ndarray, two: np.ndarray):
-        return [function(one[:, k], two[:, k]) for k in range(layers)]
+
+def heads(a: Side, b: Side, mine: Seen, its: Seen, config: CompareConfig) -> dict[str, Any]:
+    """Head by head: discovery matches, validation judges."""
+    from interp.stats.likeness import correlation_values, jensen_shannon, neighbours
+
+    order, matching = match(a, b)
+    at = np.arange(len(order))[:, None], order
 
     def flat(function: Callable[..., np.ndarray], one: np.ndarray, two: np.ndarray) -> np.ndarray:
         return np.concatenate(by_layer(function, one, two), axis=1)
 
-    chosen = [s.results.maps[s.results.rows("discovery")] for s in (a, b)]
-    agreement = by_layer(likeness.map_correlations, *chosen)
-    index = np.tile(np.arange(count), (layers, 1))
-    same = int((np.argmax(agreement, axis=2) == index).sum())
-    shared = len({s.checkpoint.facts["init_sha256"] for s in (a, b)}) == 1
-    by_index = shared and 2 * same > index.size
-    order = index if by_index else np.stack(list(map(likeness.assignment, agreement)))
-    at = np.arange(layers)[:, None], order
     maps = a.results.maps[a.judges], b.results.maps[b.judges][:, *at]
-    other, whole = likeness.neighbours(a.stratum), np.zeros(n, np.int64)
-    r, jsd = likeness.correlation_values, likeness.jensen_shannon
+    other, whole = neighbours(a.stratum), np.zeros(len(a.judges), np.int64)
+    r, jsd = correlation_values, jensen_shannon
     alike = {"r": flat(r, *maps), "r_other": flat(r, maps[0], maps[1][other])}
     between = flat(jsd, maps[0], maps[0][other]) + flat(jsd, maps[1], maps[1][other])
     apart = {"jsd": flat(jsd, *maps), "jsd_other": between / 2}
@@ -377,38 +391,41 @@ def heads(a: Side, b: Side, mine: Seen, its: Seen, config: CompareConfig) -> dic
     found: dict[str, Rows] = {}
     for family in (alike, apart):
         told = bands(np.concatenate(list(family.values()), axis=1), a.stratum, 1, config)
-        found |= {name: told[k * index.size :] for k, name in enumerate(family)}
+        found |= {name: told[k * order.size :] for k, name in enumerate(family)}
     masses = [s.results.metrics["in_box_mass"][s.judges] for s in (a, b)]
     assert mine.direct is not None and its.direct is not None
-    removed, missing = _removal(a, b)
+    removed, missing = removal(a, b)
     tested = [("excess", a.excess, b.excess, a.stratum, 2), ("mass", *masses, a.stratum, 1)]
     tested.append(("direct", mine.direct, its.direct, whole, 1))
     tested += [("removal", *removed, whole, 1)] if removed else []
     for name, one, two, labels, lost in tested:
-        pair = [values.reshape(n, -1).astype(np.float64) for values in (one, two[:, *at])]
+        pair = [values.reshape(len(values), -1).astype(np.float64) for values in (one, two[:, *at])]
         found[name] = contrast(pair[0], pair[1], labels, lost, config)
-    clear = sum(r["low"] > o["high"] for r, o in zip(found["r"], found["r_other"]))
+    pairs = zip(found["r"], found["r_other"])
+    matching["alike"] = sum(own["low"] > chance["high"] for own, chance in pairs)
     rows = [
         {"first": str(Head(*own)), "second": str(Head(own[0], int(order[own])))}
         | {name: values[k] for name, values in found.items()}
-        for k, own in enumerate(np.ndindex(layers, count))
+        for k, own in enumerate(np.ndindex(order.shape))
     ]
-    matching = {"by_index": by_index, "shared_start": shared, "same_index": same, "alike": clear}
     return {"matching": matching, "heads": rows, "no_removal": missing}
 
 
-def _removal(a: Side, b: Side) -> tuple[tuple[np.ndarray, ...], str | None]:
+def removal(a: Side, b: Side) -> tuple[tuple[np.ndarray, ...], str | None]:
     """Change of margin under mean ablation of every head, `[image, layer, head]`, of both; or the
     side whose checkpoint must be ablated first."""
     from interp.swept import tie
     from interp.timeline import load_effects
 
-    found, wanted = [], {"tokens": "all"}
+    found = []
     for name, side in zip(NAMES, (a, b)):
         path, shape = side.folder / "ablation.json", side.results.shape
         units = [f"mean {Head(*at)}" for at in np.ndindex(shape)]
-        held = json.loads(path.read_text()) if path.is_file() else {}
-        fits = all(held.get(k) == v for k, v in (wanted | tie(side.results)).items())
+        try:
+            held = json.loads(path.read_text())
+            fits = ({"tokens": "all"} | tie(side.results)).items() <= held.items()
+        except (OSError, ValueError, AttributeError):  # none, or none that can be read
+            fits = False
         effects = load_effects(side.folder) if fits else {}
         if not {*units} <= {*effects}:
             return (), name

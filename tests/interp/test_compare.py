@@ -13,7 +13,7 @@ from sweeps import small_sweep
 
 from interp import ablate, sweep
 from interp.compare import main, matching_said, render, said
-from interp.comparison import Side, Tower, contrast, open_sides, refuse_unlike, see
+from interp.comparison import Side, Tower, contrast, match, open_sides, refuse_unlike, removal, see
 from interp.config import CompareConfig
 from interp.grounding.metrics import PairScores
 from interp.heads import Head
@@ -199,7 +199,7 @@ def test_other_pictures_are_refused_with_the_difference():
         refuse_unlike(tower(results, "one"), tower(replace(results, image_ids=renamed)))
 
 
-WORDS = "--num 120 --untrained 1 --draws 99 --gallery 0 --threads 1"
+WORDS = "--num 120 --draws 99 --gallery 0 --threads 1"
 SHIFT = [1, 2, 3, 0]
 
 
@@ -213,7 +213,9 @@ def variant(source, out, change=None, seed=0):
         content["facts"]["init_sha256"] = f"{seed}"
     out.mkdir()
     torch.save(content, out / "final_epoch.pt")
-    sweep.main(["--ckpt", str(out / "final_epoch.pt"), *WORDS.split()])
+    untrained = "1" if out.name == "one" else "0"
+    words = ["--ckpt", str(out / "final_epoch.pt"), "--untrained", untrained]
+    sweep.main([*words, *WORDS.split()])
     return out / "final_epoch.pt"
 
 
@@ -229,17 +231,13 @@ def noisy(seed, size=0.02):
 
 def shifted(state):
     """The same function, head h of every layer in the place of head SHIFT[h]."""
+    order = torch.tensor(SHIFT).argsort()
     for name, tensor in state.items():
-        if name.startswith("visual.") and ".attn." in name:
-            width = tensor.shape[0 if "out_proj" in name else -1] if tensor.ndim == 2 else None
-            axis = 1 if name.endswith("out_proj.weight") else 0
-            if name.endswith("out_proj.bias"):
-                continue
-            parts = 1 if axis else 3
-            split = tensor.unflatten(axis, (parts, 4, -1))
-            order = torch.tensor(SHIFT).argsort()
-            tensor.copy_(split.index_select(axis + 1, order).flatten(axis, axis + 2))
-            assert width is None or width > 0
+        if name.startswith("visual.") and ".attn.in_proj" in name:
+            heads = tensor.unflatten(0, (3, 4, -1))[:, order]
+            tensor.copy_(heads.flatten(0, 2))
+        elif name.startswith("visual.") and name.endswith(".attn.out_proj.weight"):
+            tensor.copy_(tensor.unflatten(1, (4, -1))[:, order].flatten(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +290,7 @@ def test_heads_in_other_places_are_found_and_nothing_else_differs(runs, capsys):
     assert report["cka"]["shuffled_95"] < 0.5
     for row in report["differences"]:
         assert row["value"] == pytest.approx(0, abs=1e-3)
+    assert report["chance"]["image-to-text R@1"] == pytest.approx(1 / report["n"])
     assert report["no_removal"] == "first" and "python -m interp.ablate on the first" in printed
     assert [row["tower"] for row in report["towers"]][2].startswith("superclip scenes-vit ")
     with pytest.raises(UserError, match="--overwrite replaces it"):
@@ -318,22 +317,24 @@ def test_index_is_kept_and_numbers_are_those_of_sweep_and_ablation(runs, capsys)
             assert row["removal"][name] == pytest.approx(units[row[name]], abs=1e-6)
             own = direct[row[name]]["direct"]["estimate"]
             assert row["direct"][name] == pytest.approx(own, abs=1e-6)
-        best = report["differences"][0]
-        assert best[name] == pytest.approx(
-            next(
-                h["validation_excess"]
-                for h in findings["heads"]
-                if h["head"] == findings["champion"]["head"]
-            )
-        )
-    untrained = json.loads((pair[0].parent / "sweep" / "results.json").read_text())["untrained"][0]
-    assert report["towers"][-1]["head"] == untrained["head"]
-    assert {row["pair"] for row in report["cka"]["rows"]} == {"first and second"} | (
-        {"first and its start", "second and its start"}
-        if untrained["own_initialisation"]
-        else set()
-    )
-    assert ("moved_first" in report["heads"][0]) == untrained["own_initialisation"]
+        champion = findings["champion"]["head"]
+        (own,) = (h["validation_excess"] for h in findings["heads"] if h["head"] == champion)
+        assert report["differences"][0][name] == pytest.approx(own)
+    (untrained,) = json.loads((pair[0].parent / "sweep/results.json").read_text())["untrained"]
+    assert untrained["own_initialisation"] and report["towers"][-1]["head"] == untrained["head"]
+    pairs = {"first and second", "first and its start", "second and its start"}
+    assert {row["pair"] for row in report["cka"]["rows"]} == pairs
+    assert all(row["moved_first"]["estimate"] > 0 for row in report["heads"])
+    sides = open_sides(CompareConfig(ckpts=tuple(pair)))
+    (pair[1].parent / "sweep" / "ablation.json").write_text("{")  # damaged counts as missing
+    assert removal(sides[0][0], sides[1][0]) == ((), "second")
+
+
+def test_index_says_nothing_where_initial_weights_differ(runs):
+    sides = open_sides(CompareConfig(ckpts=(runs["one"], runs["seed"])))
+    order, how = match(sides[0][0], sides[1][0])
+    assert not how["by_index"] and not how["shared_start"]
+    assert (np.sort(order, axis=1) == np.arange(4)).all()
 
 
 def test_seeds_are_the_outer_level(runs, capsys):
