@@ -18,6 +18,9 @@ MEASURES = {
     "direct": "change of margin under direct mean ablation",
     "removal": "change of margin under mean ablation",
 }
+SEEDS = """heads of different seeds do not match: no table head by head
+descriptive: too few seeds for any seed-level test to reach p = .05 (6 pairs, or 4 a side of unlike
+seeds); relabelling seeds allows less than t, which takes them for normal"""
 Rows = Sequence[dict[str, Any]]
 
 DESCRIPTION = """Two swept checkpoints on the same validation pictures: python -m interp.compare
@@ -71,11 +74,11 @@ def render(report: dict[str, Any]) -> str:
         "",
     ]
     if "heads" not in report:
-        return "\n".join([*lines, "heads of different seeds do not match: no table head by head"])
+        return "\n".join([*lines, SEEDS])
     lines += [matching_said(report), "", *_heads(report["heads"]), "", *said(report["heads"])]
     if side := report["no_removal"]:
         lines.append(
-            f"python -m interp.ablate on the {side} adds the change of margin under ablation"
+            f"python -m interp.ablate beside the {side}'s sweep adds ablation of every head"
         )
     return "\n".join([*lines, "", *_cka(report)])
 

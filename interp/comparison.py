@@ -54,17 +54,14 @@ class Tower:
     def stratum(self) -> np.ndarray:
         return self.results.stratum[self.judges].astype(np.int64)
 
-    def influence(self, maps: np.ndarray) -> np.ndarray:
+    def excess_of(self, maps: np.ndarray) -> np.ndarray:
         """What each validation picture adds to the excess of heads with these maps."""
-        from interp.grounding.metrics import PairScores
-        from interp.stats.intervals import influence_values
-
         boxes = self.results.coverage[self.judges], self.results.valid[self.judges]
-        return influence_values(PairScores(maps[self.judges], *boxes), self.stratum)
+        return influence(maps[self.judges], *boxes, self.stratum)
 
     @cached_property
     def excess(self) -> np.ndarray:
-        return self.influence(self.results.maps)
+        return self.excess_of(self.results.maps)
 
     @cached_property
     def best(self) -> Head:
@@ -84,6 +81,21 @@ class Side(Tower):
     """One model of a side; its weights are given up, as twelve models need not fit at once."""
 
     checkpoint: Checkpoint
+
+
+def influence(
+    maps: np.ndarray, coverage: np.ndarray, valid: np.ndarray, stratum: np.ndarray
+) -> np.ndarray:
+    """`influence_values` that spread as plain ones do: centring twice cost a degree of freedom."""
+    from interp.grounding.metrics import PairScores
+    from interp.stats.intervals import influence_values
+    from interp.stats.splits import groups
+
+    values = influence_values(PairScores(maps, coverage, valid), stratum)
+    for rows in groups(stratum):
+        own, size = values[rows], len(rows)
+        values[rows] += (np.sqrt((size - 1) / (size - 2)) - 1) * (own - own.mean(axis=0))
+    return values
 
 
 def open_sides(config: CompareConfig) -> tuple[list[Side], list[Side], list[Tower]]:
@@ -234,7 +246,7 @@ def see(swept: Swept, detail: bool) -> Seen:
     if detail:
         discovery = swept.batches(swept.rows("discovery"), "means")
         ablation = Ablation("mean", "all", mean_activations(swept.tower, discovery)[0])
-        subject = swept.subject
+    if detail and (subject := swept.subject).own_init is not None:
         clip = build_clip(subject.model_config, subject.seed, subject.init_scale)
         if state_sha256(clip.state_dict()) == subject.own_init:
             tower = HookedVisionTransformer(clip.visual.to(swept.device).eval())
@@ -289,13 +301,16 @@ def _measured(side: Side, seen: Seen) -> list[Result]:
     return [Result("excess", {**data}, columns), Result("retrieval", {**data}, seen.retrieval)]
 
 
-def bands(values: np.ndarray, stratum: np.ndarray, lost: int, config: CompareConfig) -> Rows:
-    """Means of the columns with their simultaneous band."""
+def bands(
+    values: np.ndarray, stratum: np.ndarray, config: CompareConfig, least: float = -np.inf
+) -> Rows:
+    """Means of the columns with their simultaneous band; with `least`, they lie from there to 1."""
     from interp.stats.intervals import simultaneous_band
 
-    band = simultaneous_band(values, stratum, lost, config.draws, config.seed)
-    ends = zip(band.estimate.tolist(), band.low.tolist(), band.high.tolist())
-    return [{"estimate": e, "low": low, "high": high, "n": band.n} for e, low, high in ends]
+    band = simultaneous_band(values, stratum, 1, config.draws, config.seed)
+    most = np.inf if np.isinf(least) else 1.0
+    ends = (x.clip(least, most).tolist() for x in (band.estimate, band.low, band.high))
+    return [{"estimate": e, "low": low, "high": high, "n": band.n} for e, low, high in zip(*ends)]
 
 
 def towers(sides: Sequence[Tower], config: CompareConfig) -> Rows:
@@ -303,7 +318,7 @@ def towers(sides: Sequence[Tower], config: CompareConfig) -> Rows:
     the best untrained tower of all sweeps. One simultaneous band over all these numbers."""
     rows, cells, untrained, stratum = [], [], [], sides[0].stratum
     for side in sides:
-        every = bands(side.excess.reshape(len(stratum), -1), stratum, 2, config)
+        every = bands(side.excess.reshape(len(stratum), -1), stratum, config)
         above = sum(row["low"] > 0 for row in every)
         rows.append({"tower": side.name, "head": str(side.best), "above": above, "of": len(every)})
         cells.append(list(side.columns.values()))
@@ -312,28 +327,23 @@ def towers(sides: Sequence[Tower], config: CompareConfig) -> Rows:
     if untrained:
         *_, head, side, k = max(untrained)
         rows.append({"tower": f"best of {len(untrained)} untrained", "head": head})
-        cells.append([side.influence(side.results.untrained_maps[:, [k]])[:, 0]])
-    found = bands(np.stack([values for own in cells for values in own], axis=1), stratum, 2, config)
+        cells.append([side.excess_of(side.results.untrained_maps[:, [k]])[:, 0]])
+    found = bands(np.stack([values for own in cells for values in own], axis=1), stratum, config)
     for row, own in zip(rows, cells):
         row["best"], *row["layers"] = (found.pop(0) for _ in own)
     return rows
 
 
 def contrast(
-    first: np.ndarray, second: np.ndarray, stratum: np.ndarray, lost: int, config: CompareConfig
+    first: np.ndarray, second: np.ndarray, stratum: np.ndarray, config: CompareConfig
 ) -> Rows:
     """Paired differences of `[image, head]` values: simultaneous band, and sign flips by image with
     max-T over the heads; `verdict` is empty unless both say the same."""
     from interp.stats.multiplicity import sign_flip_test
-    from interp.stats.splits import groups
 
     difference = first - second
     difference *= np.abs(difference).max(axis=0) > ROUNDING
-    rows = bands(difference, stratum, lost, config)
-    for members in groups(stratum):  # of values that were centred more than once, the full spread
-        own, size = difference[members], len(members)
-        stretch = np.sqrt((size - 1) / (size - lost)) - 1
-        difference[members] += stretch * (own - own.mean(axis=0))
+    rows = bands(difference, stratum, config)
     test = sign_flip_test(difference, True, config.draws, config.seed)
     for k, row in enumerate(rows):
         row |= {"first": float(first[:, k].mean()), "second": float(second[:, k].mean())}
@@ -380,8 +390,7 @@ def heads(a: Side, b: Side, mine: Seen, its: Seen, config: CompareConfig) -> dic
         return np.concatenate(by_layer(function, one, two), axis=1)
 
     maps = a.results.maps[a.judges], b.results.maps[b.judges][:, *at]
-    other, whole = neighbours(a.stratum), np.zeros(len(a.judges), np.int64)
-    r, jsd = correlation_values, jensen_shannon
+    other, r, jsd = neighbours(a.stratum), correlation_values, jensen_shannon
     alike = {"r": flat(r, *maps), "r_other": flat(r, maps[0], maps[1][other])}
     between = flat(jsd, maps[0], maps[0][other]) + flat(jsd, maps[1], maps[1][other])
     apart = {"jsd": flat(jsd, *maps), "jsd_other": between / 2}
@@ -389,18 +398,19 @@ def heads(a: Side, b: Side, mine: Seen, its: Seen, config: CompareConfig) -> dic
         apart["moved_first"] = flat(jsd, maps[0], mine.start[1])
         apart["moved_second"] = flat(jsd, maps[1], its.start[1][:, *at])
     found: dict[str, Rows] = {}
-    for family in (alike, apart):
-        told = bands(np.concatenate(list(family.values()), axis=1), a.stratum, 1, config)
+    for family, least in ((alike, -1.0), (apart, 0.0)):
+        told = bands(np.concatenate(list(family.values()), axis=1), a.stratum, config, least)
         found |= {name: told[k * order.size :] for k, name in enumerate(family)}
-    masses = [s.results.metrics["in_box_mass"][s.judges] for s in (a, b)]
-    assert mine.direct is not None and its.direct is not None
     removed, missing = removal(a, b)
-    tested = [("excess", a.excess, b.excess, a.stratum, 2), ("mass", *masses, a.stratum, 1)]
-    tested.append(("direct", mine.direct, its.direct, whole, 1))
-    tested += [("removal", *removed, whole, 1)] if removed else []
-    for name, one, two, labels, lost in tested:
+    assert mine.direct is not None and its.direct is not None
+    tested = {
+        "excess": (a.excess, b.excess),
+        "mass": [s.results.metrics["in_box_mass"][s.judges] for s in (a, b)],
+        "direct": (mine.direct, its.direct),
+    } | ({"removal": removed} if removed else {})
+    for name, (one, two) in tested.items():
         pair = [values.reshape(len(values), -1).astype(np.float64) for values in (one, two[:, *at])]
-        found[name] = contrast(pair[0], pair[1], labels, lost, config)
+        found[name] = contrast(pair[0], pair[1], a.stratum, config)
     pairs = zip(found["r"], found["r_other"])
     matching["alike"] = sum(own["low"] > chance["high"] for own, chance in pairs)
     rows = [
@@ -451,6 +461,6 @@ def cka(mine: Seen, its: Seen, config: CompareConfig) -> dict[str, Any]:
             if name == "first and second":
                 shuffled.append(cka_shuffled(one, two, SHUFFLES, config.seed))
     flat = np.stack(values, axis=1)
-    for row, band in zip(rows, bands(flat, np.zeros(len(flat), np.int64), 1, config)):
-        row |= band | {"high": min(band["high"], 1.0)}
+    for row, band in zip(rows, bands(flat, np.zeros(len(flat), np.int64), config, least=-1.0)):
+        row |= band
     return {"rows": rows, "shuffled_95": float(np.quantile(np.max(shuffled, axis=0), 0.95))}

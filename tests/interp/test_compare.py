@@ -8,16 +8,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from reference import likeness as naive
 from sweeps import small_sweep
 
 from interp import ablate, sweep
 from interp.compare import main, matching_said, render, said
-from interp.comparison import Side, Tower, contrast, match, open_sides, refuse_unlike, removal, see
+from interp.comparison import (
+    Side,
+    Tower,
+    contrast,
+    influence,
+    match,
+    open_sides,
+    refuse_unlike,
+    removal,
+    see,
+)
 from interp.config import CompareConfig
-from interp.grounding.metrics import PairScores
 from interp.heads import Head
-from interp.stats.intervals import influence_values
 from interp.stats.likeness import (
     assignment,
     cka_shuffled,
@@ -125,10 +134,10 @@ def test_verdicts_need_band_and_p():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 60, 3))
     first[:, 1] += 2
-    rows = contrast(first, second, np.zeros(60, int), 1, CONFIG)
+    rows = contrast(first, second, np.zeros(60, int), CONFIG)
     assert [row["verdict"] for row in rows] == ["", "higher", ""]
     assert rows[1]["estimate"] == pytest.approx((first - second)[:, 1].mean())
-    back = contrast(second, first, np.zeros(60, int), 1, CONFIG)
+    back = contrast(second, first, np.zeros(60, int), CONFIG)
     assert back[1]["verdict"] == "lower" and back[1]["first"] == rows[1]["second"]
     told = {"first": "L0H0", "second": "L0H2"}
     (line,) = said([told | {"excess": row} for row in rows])
@@ -145,15 +154,14 @@ def test_two_sweeps_of_the_same_heads_differ_in_five_percent():
     rejects = called = 0
     for _ in range(1000):
         coverage = np.eye(p)[rng.integers(0, p, n)] * rng.uniform(0.2, 1, (n, 1))
-        shared = rng.dirichlet(np.ones(p), (n, heads)) + rng.uniform(0, 1, heads)[
-            :, None
-        ] * coverage.reshape(n, 1, p)
+        blind, grounded = rng.dirichlet(np.ones(p), (n, heads)), rng.uniform(0, 1, (heads, 1))
+        shared = blind + grounded * coverage[:, None]
         pair = []
         for _ in range(2):
             maps = shared + rng.dirichlet(np.full(p, 0.3), (n, heads))
             maps /= maps.sum(-1, keepdims=True)
-            pair.append(influence_values(PairScores(maps, coverage, valid), stratum))
-        rows = contrast(*pair, stratum, 2, CONFIG)
+            pair.append(influence(maps, coverage, valid, stratum))
+        rows = contrast(*pair, stratum, CONFIG)
         rejects += min(row["p_adjusted"] for row in rows) <= 0.05
         called += any(row["verdict"] for row in rows)
     print(f"max-T rejects in {rejects} of 1000, a verdict in {called}")
@@ -291,7 +299,7 @@ def test_heads_in_other_places_are_found_and_nothing_else_differs(runs, capsys):
     for row in report["differences"]:
         assert row["value"] == pytest.approx(0, abs=1e-3)
     assert report["chance"]["image-to-text R@1"] == pytest.approx(1 / report["n"])
-    assert report["no_removal"] == "first" and "python -m interp.ablate on the first" in printed
+    assert report["no_removal"] == "first" and "interp.ablate beside the first's sweep" in printed
     assert [row["tower"] for row in report["towers"]][2].startswith("superclip scenes-vit ")
     with pytest.raises(UserError, match="--overwrite replaces it"):
         compared(capsys, runs["one"], runs["shifted"], "--also", runs["noisy"].parent / "sweep")
@@ -370,6 +378,7 @@ def test_the_model_is_left_as_it_was(runs):
 
 def test_mistakes_are_one_line(runs, tiny_run, tmp_path):
     one = runs["one"]
+    assert "name two, or the seeds of two sides" in refused("interp.compare", str(one))
     for words, told in (
         ([one], r"1 checkpoint\(s\) named; name two"),
         ([one, one, one], r"3 checkpoint\(s\) named"),
