@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from tyro.conf import Positional
+from tyro.conf import Fixed, Positional, Suppress
 
 from superclip.config import check_seed
 from superclip.errors import UserError
 
 Kind = Literal["class", "patches"]
+T = TypeVar("T")
+Hidden = Annotated[T, Fixed, Suppress]  # no flag
 PAIRS = ("fill", "swap", "colour", "category")
 
 
@@ -243,6 +245,38 @@ class CircuitConfig(OfSweep):
         for name, least in (("steps", 1), ("edges", 1), ("sets", 1), ("pictures", 20)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
+
+
+@dataclass(frozen=True)
+class CompareConfig(OfSweep):
+    """What `interp.compare` sets side by side; each checkpoint in turn becomes its `ckpt`."""
+
+    ckpt: Hidden[Path | None] = None
+    results: Hidden[Path | None] = None
+    model: Hidden[str | None] = None
+    pretrained: Hidden[str | None] = None
+    ckpts: Positional[tuple[Path, ...]] = ()
+    """Two checkpoints of superclip.train, swept before. With --against: those of the first side,
+    one, or one a seed of the same recipe."""
+    against: tuple[Path, ...] | None = None
+    """Checkpoints of the second side: one, or one a seed."""
+    also: tuple[Path, ...] = ()
+    """Further towers for the table of grounding: checkpoints, or folders of sweeps (of plain
+    open_clip weights, say)."""
+    kind: Kind = "class"
+    """Whose attention: which of the sweeps beside the checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ckpts or (self.against is None and len(self.ckpts) != 2):
+            raise UserError(
+                f"{len(self.ckpts)} checkpoint(s) named; name two, or the seeds of two sides: "
+                "A ... --against B ..."
+            )
+
+    @property
+    def sides(self) -> tuple[tuple[Path, ...], ...]:
+        return (self.ckpts, self.against) if self.against else (self.ckpts[:1], self.ckpts[1:])
 
 
 @dataclass(frozen=True)

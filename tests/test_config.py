@@ -136,6 +136,7 @@ COMMANDS = {
     "interp.lens": ["--concepts", "--lens"],
     "interp.patch": ["--pairs", "--tau", "--every-patch"],
     "interp.circuit": ["--faithfulness", "--kind", "--edges"],
+    "interp.compare": ["--against", "--also", "--kind"],
     "interp.report": ["--challenger"],
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import imageio.v3 as iio
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from interp.analysis import Findings, category_rows
 from interp.heads import Head
@@ -206,19 +207,15 @@ def draw(
 
 def _further(beside: dict[str, dict[str, Any] | None]) -> Iterator[tuple[str, Picture]]:
     """A title and a figure of each report that has one."""
-    shown: tuple[tuple[str, str, Callable[..., bytes]], ...] = (
+    shown: tuple[tuple[str, str, Callable[..., Figure]], ...] = (
         ("lens", "What each layer says: words read through the lens", lens_figure),
-        ("patching", "Which heads carry what was changed", lambda *a: png(patching.figure(*a))),
-        (
-            "circuit",
-            "The smallest set of heads that does the work",
-            lambda *a: png(circuit.draw(*a)),
-        ),
+        ("patching", "Which heads carry what was changed", patching.figure),
+        ("circuit", "The smallest set of heads that does the work", circuit.draw),
     )
     for name, title, drawn in shown:
         if (report := beside[name]) is not None:
             alt = f"{title}; {name}.json beside the sweep holds every number"
-            yield title, Picture(drawn(report), alt, dark=drawn(report, DARK))
+            yield title, Picture(png(drawn(report)), alt, dark=png(drawn(report, DARK)))
 
 
 def _themed(figure: Any, results: SweepResults, findings: Findings, alt: str) -> Picture:
