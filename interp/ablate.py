@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,8 +47,10 @@ def ablate_one(config: AblateConfig) -> tuple[dict[str, Any], Path]:
     from interp.swept import claim, open_swept, write_arrays, write_report
 
     path = claim(config, "ablation.json")
+    arrays = claim(config, "ablation.npz")
     report, changes = ablate_units(open_swept(config), config)
-    write_arrays(path.with_suffix(".npz"), changes)
+    write_arrays(arrays, changes)
+    report["arrays_sha256"] = hashlib.sha256(arrays.read_bytes()).hexdigest()
     write_report(path, report)
     return report, path
 
@@ -74,7 +77,7 @@ def ablate_course(config: AblateConfig) -> None:
         every = "heads" in config.units.split(",")
         units = config.units if every else f"{config.units},{also}"
         given = replace(config, ckpt=path, units=units, sets=0)
-        report = None if config.overwrite else standing(given)
+        report = None if config.overwrite else standing(replace(given, units=config.units), also)
         if report is None:
             print(f"step {step}: {path}", flush=True)
             report, _ = ablate_one(given)
@@ -88,11 +91,15 @@ def ablate_course(config: AblateConfig) -> None:
         print("", timeline.render(course), f"written: {path}", sep="\n")
 
 
-def standing(config: AblateConfig) -> dict[str, Any] | None:
-    """A report that stands beside the sweep and is what is asked for now; None if there is none.
+def standing(config: AblateConfig, head: str) -> dict[str, Any] | None:
+    """A report of a course that stands beside a sweep and is what is asked for now; None if there
+    is none.
+
+    Args:
+        head: that it must hold, beside what `--units` asks for; "champion" for its own.
 
     Raises:
-        UserError: if it is one of another sweep, or of other options.
+        UserError: if it is one of another sweep or of other options, or its arrays are others.
     """
     from interp.removal import SCHEMA, asked
     from interp.results import SweepResults
@@ -102,11 +109,20 @@ def standing(config: AblateConfig) -> dict[str, Any] | None:
     path = default_folder(config.ckpt) / "ablation.json"
     if not path.exists():
         return None
-    wanted = {"schema": SCHEMA, "asked": asked(config)} | tie(SweepResults.load(path.parent))
+    wanted = {"schema": SCHEMA} | tie(SweepResults.load(path.parent)) | asked(config)
+    wanted.pop("units")
     try:
         report = json.loads(path.read_text())
-        unlike = [name for name in wanted if report.get(name) != wanted[name]]
-    except (ValueError, AttributeError):
+        held = report | report["asked"]
+        unlike = [name for name in wanted if held.get(name) != wanted[name]]
+        named = {row["unit"] for row in report["units"]} | {"champion"}
+        lacking = set(config.units.split(",")) - set(report["asked"]["units"].split(","))
+        if lacking or head not in named:
+            unlike.append("units")
+        arrays = hashlib.sha256(path.with_suffix(".npz").read_bytes()).hexdigest()
+        if report["arrays_sha256"] != arrays or report["champion"] not in named:
+            unlike.append("ablation.npz")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         unlike, report = ["content"], {}
     if unlike:
         raise UserError(f"{path} is another report ({unlike[0]} differs); --overwrite replaces it")
@@ -115,7 +131,8 @@ def standing(config: AblateConfig) -> dict[str, Any] | None:
 
 def render(report: dict[str, Any]) -> str:
     """The report as text: the largest losses of each kind, and what they say of the champion."""
-    lines = [f"intact, n = {report['n']} validation pictures: " + _intact(report["intact"])]
+    intact = _intact(report["intact"], report["chance"])
+    lines = [f"intact, n = {report['n']} validation pictures: {intact}"]
     shown = list(dict.fromkeys((r["kind"], r["family"]) for r in report["units"]))
     for kind, family in shown:
         rows = [r for r in report["units"] if (r["kind"], r["family"]) == (kind, family)]
@@ -132,8 +149,9 @@ def render(report: dict[str, Any]) -> str:
     lines += _attribution_said(report["estimates"])
     for row in report.get("downstream", [])[:5]:
         lines.append(
-            f"without {row['removed']}, {row['head']} changes its in-box mass by "
-            f"{_show(row['in_box_mass'])}, adjusted p {row['p_adjusted']:.4f}"
+            f"without {row['removed']} ({row['kind']} ablation), {row['head']} changes its in-box "
+            f"mass by {_show(row['in_box_mass'])}, n = {row['in_box_mass']['n']}, p adjusted for "
+            f"{row['pairs']} pairs {row['p_adjusted']:.4f}"
         )
     lines += [
         "",
@@ -175,9 +193,11 @@ def _show(interval: dict[str, float], scale: float = 1, digits: int = 4) -> str:
     return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*values, d=digits)
 
 
-def _intact(base: dict[str, Any]) -> str:
+def _intact(base: dict[str, Any], chance: dict[str, float]) -> str:
     told = [f"margin {_show(base['margin'])}"]
-    told += [f"{n} R@1 {_show(base[f'{n}@1'], 100, 1)}" for n in ("i2t", "t2i")]
+    for name in ("i2t", "t2i"):
+        of_chance = f"(chance {100 * chance[f'{name}@1']:.1f})"
+        told.append(f"{name} R@1 {_show(base[f'{name}@1'], 100, 1)} {of_chance}")
     told += [f"{n} {100 * base[n]['estimate']:.1f}" for n in ("mAP", "token AP") if n in base]
     return ", ".join(told)
 
@@ -199,7 +219,7 @@ def _attribution_said(estimates: dict[str, Any]) -> list[str]:
         for name, fit in found.get("attribution", {}).items():
             several = len(fit["layers"]) > 1
             told = [fit["overall"], *(fit["layers"] if several else ())]
-            whose = "all heads then layer by layer" if several else f"{told[0]['heads']} heads"
+            whose = "all heads then layer by layer" if several else f"{told[0]['heads']} head(s)"
             pearson, spearman = (
                 " ".join("-" if f[of] is None else f"{f[of]:.2f}" for f in told)
                 for of in ("pearson", "spearman")

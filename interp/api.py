@@ -121,8 +121,6 @@ def sweep(ckpt: Path | str | None = None, **options: Any) -> Sweep:
     subject, run = open_subject(config.ckpt, config.model, config.pretrained)
     source, _ = open_pictures(config.data, config.root, config.split, config.num, run)
     results = standing(folder, config, subject.facts["sha256"], source.digest)
-    if results.manifest["kind"] != config.kind:
-        raise UserError(f"{folder} holds a sweep of another --kind; name another --out")
     return Sweep(results, analyse(results))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interp.config import CircuitConfig
-from superclip.errors import run_command
+from superclip.errors import replacing, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,16 +47,18 @@ def circuit_one(config: CircuitConfig) -> tuple[dict[str, Any], Path]:
 
     from interp.render.canvas import png
     from interp.render.circuit import draw
-    from interp.swept import asked, claim, open_swept, write_report
+    from interp.swept import asked, claim, open_swept, write_arrays, write_report
 
     path = claim(config, "circuit.json")
+    others = [claim(config, f"circuit.{kind}") for kind in ("npz", "graphml", "png")]
     report, arrays = find_circuit(open_swept(config), config)
     report["asked"] = asked(config)
-    with path.with_suffix(".npz").open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    write_arrays(others[0], arrays)
     graph = networkx.node_link_graph(report["graph"])
-    networkx.write_graphml_xml(graph, path.with_suffix(".graphml"))
-    path.with_suffix(".png").write_bytes(png(draw(report)))
+    with replacing(others[1]) as partial:
+        networkx.write_graphml_xml(graph, partial)
+    with replacing(others[2]) as partial:
+        partial.write_bytes(png(draw(report)))
     write_report(path, report)
     return report, path
 

@@ -208,8 +208,8 @@ class PatchConfig(OfSweep):
         _check_memory(self.max_memory)
         if self.num is not None and self.num < 1:
             raise UserError(f"--num {self.num} must be at least 1")
-        if self.tau < 0:
-            raise UserError(f"--tau {self.tau} must not be negative")
+        if not 0 <= self.tau < float("inf"):
+            raise UserError(f"--tau {self.tau} must be 0 or above, and finite")
         if self.pairs not in PAIRS and not self.pairs.endswith(".json"):
             raise UserError(
                 f"--pairs {self.pairs!r} is none of {', '.join(PAIRS)} nor a .json file"
@@ -307,5 +307,5 @@ def _check_sizes(config: SweepConfig | OfSweep) -> None:
 
 
 def _check_memory(gib: float) -> None:
-    if not gib > 0:
-        raise UserError(f"--max-memory {gib:g} must be above 0 (GiB)")
+    if not 0 < gib < 1e6:
+        raise UserError(f"--max-memory {gib:g} must be above 0 and finite (GiB)")

@@ -160,9 +160,11 @@ def open_lens(
     if wanted == "tokens" and head is None:
         raise UserError("--lens tokens: this checkpoint has no token head; use --lens texts")
     if head is None or wanted == "texts":
-        texts = swept.class_vectors(names)
-        facts: dict[str, Any] = {"lens": "texts", "reads": "pooled", "prompts": swept.prompts}
-        facts["candidates"] = len(names)
+        among = list(dict.fromkeys([*names, *map(plain, swept.results.manifest["categories"])]))
+        texts = swept.class_vectors(among)
+        prompts = swept.prompts(among)
+        facts: dict[str, Any] = {"lens": "texts", "reads": "pooled", "prompts": prompts}
+        facts["candidates"] = len(among)
         places = tuple((k,) for k in range(len(names)))
         facts["pieces"] = {name: [name] for name in names}
         return Lens(partial(F.normalize, dim=-1), texts, None, places, False), "pooled", facts

@@ -12,7 +12,7 @@ import numpy as np
 
 from interp.config import PatchConfig
 from interp.heads import Head
-from superclip.errors import UserError, run_command
+from superclip.errors import UserError, replacing, run_command
 
 if TYPE_CHECKING:
     from interp.causal.pairs import Pair
@@ -46,9 +46,10 @@ def patch_one(config: PatchConfig) -> tuple[dict[str, Any], Path]:
     from interp.render.patching import figure
     from interp.swept import asked, claim, open_swept, write_report
 
-    path = claim(config, "patching.json")
+    path, picture = claim(config, "patching.json"), claim(config, "patching.png")
     report = patch(open_swept(config), config) | {"asked": asked(config)}
-    path.with_suffix(".png").write_bytes(png(figure(report)))
+    with replacing(picture) as partial:
+        partial.write_bytes(png(figure(report)))
     write_report(path, report)
     return report, path
 

@@ -284,7 +284,8 @@ def render(report: dict[str, Any]) -> str:
         lines += [*table(named, **own)[1:], off_zero("specificity", "specificity", named)]
     lines += [
         "",
-        "brackets: 95 % bands, for all maps of a column at once; p: pairing permutation, likewise",
+        "brackets: 95 % bands, for all maps of a column at once; p: one-sided pairing permutation, "
+        "likewise",
         "excess: over the map's own prior; like mass it depends on how sharp a map is, AUROC and "
         "pointing do not; power: to it, a map has the best excess on discovery",
         f"chosen on discovery as well: {head} ({report['kind']} attention), the fixed patch",

@@ -56,6 +56,8 @@ def ablate_units(
     from interp.analysis import top_heads
     from interp.causal.findings import Judge, champion_said, intact, judged
 
+    if config.downstream and swept.results.manifest["kind"] != "class":
+        raise UserError("--downstream reads the class token's attention; it goes with its sweep")
     units, roles = choose_units(config, swept)
     answers, judge = questions(swept), Judge(config.draws, config.seed)
     rows, base, said, changes = [], {}, {}, {}
@@ -74,8 +76,10 @@ def ablate_units(
             said["sets"] = _sets(found, len(units), sets, judge)
         if kind != "resample":
             said[kind] = _estimates(swept, ablation, units, found, answers, judge)
+    own = np.bincount(answers.owner.cpu().numpy())
     report = swept.tie | {
         "schema": SCHEMA,
+        "chance": {"i2t@1": float(own.mean() / own.sum()), "t2i@1": 1 / len(own)},
         "asked": asked(config),
         "n": len(swept.rows("validation")),
         "tokens": config.tokens,
@@ -144,7 +148,7 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
             for unit in every(cfg, ALL[part]):
                 found.setdefault(unit.name, unit)
         elif "+" in part:
-            several = [_head(one) for one in part.split("+")]
+            several = [_head(one, part) for one in part.split("+")]
             if len(set(several)) < len(several):
                 raise UserError(f"--units {part} names a head twice; name each once")
             if absent := [head for head in several if head not in heads]:
@@ -152,10 +156,10 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
             together = group(several)
             found.setdefault(together.name, together)
         elif re.match("[lL][0-9]", part):
-            add(_head(part), "listed")
+            add(_head(part, part), "listed")
         else:
             ways = [*ALL, "champion", "L11H5", "L3H1+L2H0", "top:K", "random:K", "attributed:K"]
-            raise UserError(f"--units {part!r}: {nearest(part, ways)}")
+            raise UserError(f"--units {part!r} is no unit; {nearest(part, ways)}")
     rest = [head for head in heads if str(head) not in found]
     if wanted_random > len(rest):
         raise UserError(
@@ -169,11 +173,11 @@ def choose_units(config: AblateConfig, swept: Swept) -> tuple[list[Unit], Roles]
     return list(found.values()), roles
 
 
-def _head(text: str) -> Head:
+def _head(text: str, part: str) -> Head:
     try:
         return Head.parse(text)
     except UserError as error:
-        raise UserError(f"--units {error}") from None
+        raise UserError(f"--units {part}: {error}") from None
 
 
 def _no_head(head: Head, cfg: TowerConfig) -> UserError:
@@ -460,6 +464,7 @@ def _downstream(
             "in_box_mass": judge.interval(values[:, k]),
             "p_adjusted": float(test.p_adjusted[k]),
             "pairs": len(pairs),
+            "kind": "zero",
         }
         for k in order
     ]

@@ -108,7 +108,9 @@ def standing(folder: Path, config: SweepConfig, sha256: str, pictures: str) -> S
     held = results.manifest
     for what, there, asked in (
         ("checkpoint", held["checkpoint"]["sha256"], sha256),
+        ("--kind", held["kind"], config.kind),
         ("--num", held["data"]["num"], config.num),
+        ("--gallery", len(results.gallery_rows), min(config.gallery, len(results.split))),
         ("--seed", held["seed"], config.seed),
         ("--draws", held["draws"], config.draws),
         ("--allow-trained", held["trained_pictures_allowed"], config.allow_trained),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -28,7 +29,7 @@ from interp.results import SweepResults
 from interp.subject import default_folder, open_pictures, open_subject
 from superclip.data.batch import Record, Source
 from superclip.data.loader import tokenizer_for
-from superclip.data.scenes import Scenes, category_templates
+from superclip.data.scenes import CATEGORIES, Scenes, category_templates
 from superclip.errors import UserError, check_writable, replace_text, replacing
 from superclip.evaluation.encode import Encoder
 from superclip.evaluation.zeroshot import classifier
@@ -106,15 +107,15 @@ class Swept:
         return vectors, torch.tensor(owner, device=self.device)
 
     def class_vectors(self, names: Sequence[str]) -> Float[Tensor, "class d"]:
-        """Zero-shot classifier of categories, by the scenes' own prompts or CLIP's seven short
-        ones."""
-        return classifier(self.model, self.encoder, names, self.prompts)
+        """Zero-shot classifier of words by their `prompts`."""
+        return classifier(self.model, self.encoder, names, self.prompts(names))
 
-    @property
-    def prompts(self) -> list[str]:
-        """Of categories, with the slot `{}`."""
-        scenes = isinstance(self.source, Scenes)
-        return category_templates() if scenes else [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES]
+    def prompts(self, names: Sequence[str]) -> list[str]:
+        """With the slot `{}`: the scenes' own ("a red {}") where all words are categories of
+        scenes, else CLIP's seven short ones."""
+        if isinstance(self.source, Scenes) and set(names) <= set(CATEGORIES):
+            return category_templates()
+        return [t("{}") for t in SIMPLE_IMAGENET_TEMPLATES]
 
     def present(self, split: str) -> Bool[np.ndarray, "image category"]:
         """Which of the manifest's categories each picture of a split shows after the crop."""
@@ -217,6 +218,9 @@ def claim(config: OfSweep, name: str) -> Path:
         UserError: if the file is there already and `--overwrite` is not given, or the folder can't
             be written.
     """
+    ckpt = config.ckpt
+    if ckpt is not None and re.search(r"[*?[]", ckpt.name) and not ckpt.exists():
+        raise UserError(f"--ckpt {ckpt}: a pattern goes with interp.sweep and interp.ablate only")
     path = beside(config, name)
     check_writable(path, "--results")
     if path.exists() and not config.overwrite:

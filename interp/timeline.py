@@ -42,6 +42,8 @@ def numbered(pattern: Path) -> list[tuple[int, Path]]:
 
     folder = pattern.parent
     found = [path for path in resumable(folder) if fnmatch(path.name, pattern.name)]
+    if not folder.is_dir():
+        raise UserError(f"--ckpt {pattern}: there is no folder {folder}")
     if len(found) < 2:
         raise UserError(
             f"--ckpt {pattern} matches {len(found)} of a run's epoch_K.pt and step_N.pt; a course "
@@ -197,6 +199,10 @@ def _onset(steps: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return onset
 
 
+def _at(step: float, steps: Sequence[int]) -> str:
+    return f"≤ {step:g}" if step <= steps[0] else f"{step:g}"
+
+
 def render(course: dict[str, Any], most: int = 12) -> str:
     """A course as text: one line a curve."""
     from superclip.evaluation.tables import aligned
@@ -205,8 +211,13 @@ def render(course: dict[str, Any], most: int = 12) -> str:
     table = [["", *(f"step {step}" for step in steps), "appears", "half of the end from"]]
     for name, curve in list(course["curves"].items())[:most]:
         onset = curve["onset"]
-        said = "-" if onset is None else "{estimate:g} [{low:g}, {high:g}]".format(**onset)
-        appears = "-" if curve["appears"] is None else str(curve["appears"])
+        said = (
+            "-"
+            if onset is None
+            else f"{_at(onset['estimate'], steps)} [{_at(onset['low'], steps)}, "
+        )
+        said += "" if onset is None else f"{onset['high']:g}]"
+        appears = "-" if curve["appears"] is None else _at(curve["appears"], steps)
         table.append([name, *(f"{value:+.4f}" for value in curve["estimate"]), appears, said])
     n = next(iter(course["curves"].values()))["n"]
     return "\n".join(
@@ -215,6 +226,7 @@ def render(course: dict[str, Any], most: int = 12) -> str:
             *(f"  {line}" for line in aligned(table, "<" + ">" * (len(steps) + 2))),
             "appears: first step from which on the 95 % band, for all curves and steps at once, is "
             "above 0; the other: bootstrap",
-            "over pictures, on the grid of checkpoints.",
+            "over pictures, on the grid of checkpoints; ≤: from the first checkpoint on. Bands of "
+            "all cells: in the file.",
         ]
     )

@@ -31,6 +31,7 @@ Metric = Callable[[Tensor], Tensor]
 """From features `[image, embed]`, not normalised, to one score an image that depends on that image
 alone: with a score that mixes images, effects would too."""
 
+FEWEST = 3
 TOP = 5
 STEPS = 1  # the midpoint: more make a layer's sum exact, but rank single heads little better
 CONSTANT = 1e-9  # spread of values, relative to the largest, that is rounding
@@ -160,11 +161,12 @@ class Fit:
     """How well estimated effects match exact ones, over some heads; means over images.
 
     Attributes:
-        pearson, spearman: None where either side is constant.
+        pearson, spearman: None where either side is constant, or of fewer than `FEWEST` heads, of
+            which two agree by any line.
         relative_error: Sum of absolute errors over the sum of absolute exact effects; None where
             these are all 0.
         recall: Share of the `top` heads by absolute exact effect that are among the `top` by
-            absolute estimate; None where either side is constant.
+            absolute estimate; None likewise.
         chance: The recall of a random choice.
         heads: How many heads are compared.
     """
@@ -222,7 +224,8 @@ def _fit(estimate: Float[np.ndarray, " head"], exact: Float[np.ndarray, " head"]
     heads, size = len(exact), np.abs(exact).sum()
     top = min(top, heads)
     error = float(np.abs(estimate - exact).sum() / size) if size > 0 else None
-    if any(np.ptp(x) <= CONSTANT * np.abs(x).max() for x in (estimate, exact)):
+    constant = any(np.ptp(x) <= CONSTANT * np.abs(x).max() for x in (estimate, exact))
+    if constant or heads < FEWEST:
         return Fit(None, None, error, None, top / heads, heads)
     best = [set(np.argsort(-np.abs(x), kind="stable")[:top]) for x in (estimate, exact)]
     return Fit(

@@ -149,9 +149,9 @@ def champion_said(rows: Sequence[dict[str, Any]], head: str) -> list[str]:
             continue
         margin, n = row["margin"], row["margin"]["n"]
         band = f"{margin['estimate']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
-        place = f"number {row['rank']} of {row['of']} by loss"
+        place = f"number {row['rank']} of {row['of']} removed, by loss"
         if row["layer_of"] > 1:
-            place += f", {row['layer_rank']} of {row['layer_of']} in its layer"
+            place += f", {row['layer_rank']} of {row['layer_of']} removed in its layer"
         if row["p_adjusted"] > 0.05:
             said = "is not shown to matter: the margin is not shown to change"
         elif margin["low"] <= 0 <= margin["high"]:

@@ -22,13 +22,16 @@ from sklearn.feature_extraction.image import grid_to_graph
 
 from interp.grounding.coverage import MIN_KEPT
 from superclip.data.batch import Record
-from superclip.data.geometry import Geometry, picture_size, plan, render
+from superclip.data.geometry import BadPicture, Geometry, picture_size, plan, render
 from superclip.data.loader import Preprocess
 from superclip.data.scenes import CATEGORIES, SIZE, VISIBLE, Scenes
-from superclip.errors import UserError
+from superclip.errors import UserError, nearest
 
 LARGEST = 0.5
 """An object that covers more of the picture leaves too little around it to fill it from."""
+
+NEEDED = ("clean", "corrupted", "text_clean")
+ALLOWED = (*NEEDED, "text_corrupted")
 
 Picture = UInt8[np.ndarray, "3 height width"]
 Box = tuple[int, int, int, int]
@@ -143,10 +146,11 @@ def scene_pair(scenes: Scenes, row: int, what: str, preprocess: Preprocess) -> P
 
 def given_pairs(path: Path, preprocess: Preprocess) -> list[Pair]:
     """Pairs of a JSON list of {clean, corrupted, text_clean, text_corrupted}; pictures are named
-    relative to it, and `text_corrupted` may be missing.
+    relative to it, and `text_corrupted` may be missing or null.
 
     Raises:
-        UserError: The file is no such list, or a picture can't be decoded.
+        UserError: The file is no such list, an entry stands twice, or a picture can't be decoded;
+            names the entry.
     """
 
     def read(name: str) -> Picture:
@@ -154,13 +158,32 @@ def given_pairs(path: Path, preprocess: Preprocess) -> list[Pair]:
         return render(picture, plan(*picture_size(picture), preprocess.size, preprocess.mode))
 
     try:
-        pairs = []
-        for entry in json.loads(path.read_text()):
-            texts = [(entry[k],) for k in ("text_clean", "text_corrupted") if k in entry]
-            pairs.append(Pair(read(entry["clean"]), read(entry["corrupted"]), *texts))
-        return pairs
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--pairs {path} is no list of pairs ({error!r}); see --help") from None
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pairs {path} can't be read ({error}); name a JSON list") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"--pairs {path} is no list of pairs, or an empty one; see --help")
+    pairs, seen = [], set[tuple[str, ...]]()
+    for k, entry in enumerate(entries):
+        where = f"--pairs {path}, entry {k}"
+        given = entry if isinstance(entry, dict) else {}
+        given = {key: value for key, value in given.items() if value is not None}
+        if lacking := [name for name in NEEDED if name not in given]:
+            raise UserError(f"{where} lacks {lacking[0]}; see --help")
+        if odd := [str(name) for name in given if name not in ALLOWED]:
+            raise UserError(f"{where}: {odd[0]!r} is unknown; {nearest(odd[0], ALLOWED)}")
+        if not all(isinstance(value, str) and value for value in given.values()):
+            raise UserError(f"{where}: every value must be a text that is not empty")
+        if tuple(given.values()) in seen:
+            raise UserError(f"{where} stands twice; n counts each pair once, so leave it out")
+        seen.add(tuple(given.values()))
+        texts = [(given[key],) for key in ("text_clean", "text_corrupted") if key in given]
+        try:
+            pairs.append(Pair(read(given["clean"]), read(given["corrupted"]), *texts))
+        except (OSError, BadPicture) as error:
+            cause = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{where}: a picture can't be read ({cause})") from None
+    return pairs
 
 
 def _pasted(picture: Picture, box: Box, part: np.ndarray) -> Picture:

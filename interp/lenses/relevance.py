@@ -202,10 +202,10 @@ def methods_of(tower: Tower, wanted: str = "all") -> list[str]:
     names = [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in METHODS:
-            raise UserError(f"relevance method {name!r} is unknown; {nearest(name, METHODS)}")
+            raise UserError(f"--methods {name!r} is unknown; {nearest(name, METHODS)}")
         if name in misfits:
             raise UserError(
-                f"relevance method {name!r} averages the class token with the patches, and this "
+                f"--methods {name}: it averages the class token with the patches, and this "
                 "tower reads the patches alone; take legrad or legrad-all, which pool as it does"
             )
     return [name for name in METHODS if name in ("attention", *names)]

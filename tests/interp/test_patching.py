@@ -442,12 +442,31 @@ def test_given_pairs_are_read_back(pairs_file, swept):
         assert one.texts_corrupted == other.texts_corrupted
 
 
-@pytest.mark.parametrize("content", ['[{"clean": "clean0.png"}]', "{]", "[3]", '[{"clean": "x"}]'])
-def test_a_bad_list_is_named(content, pairs_file, swept):
+GOOD = {"clean": "clean0.png", "corrupted": "corrupted0.png", "text_clean": "a star"}
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{]", "can't be read"),
+        ("{}", "is no list of pairs"),
+        ([], "is no list of pairs, or an empty one"),
+        ([3], "entry 0 lacks clean"),
+        ([{"clean": "clean0.png", "corrupted": "clean0.png"}], "entry 0 lacks text_clean"),
+        ([GOOD | {"text_corupted": "x"}], "'text_corupted' is unknown; did you mean 'text_corr"),
+        ([GOOD | {"text_clean": 5}], "must be a text"),
+        ([GOOD | {"text_clean": ["a", "b"]}], "must be a text"),
+        ([GOOD, GOOD | {"text_corrupted": None}], "entry 1 stands twice"),
+        ([GOOD | {"clean": "nope.png"}], "entry 0: a picture can't be read .No such file"),
+        ([GOOD | {"clean": "bad.json"}], "entry 0: a picture can't be read .unreadable header"),
+    ],
+)
+def test_a_bad_list_is_named(content, said, pairs_file, swept):
     path = pairs_file[1].with_name("bad.json")
-    path.write_text(content)
-    with pytest.raises((UserError, FileNotFoundError), match=r"no list of pairs|No such file"):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=said) as caught:
         given_pairs(path, swept.subject.preprocess)
+    assert str(caught.value).startswith(f"--pairs {path}")
 
 
 def test_the_report_says_what_the_patches_do(pairs_file, swept):

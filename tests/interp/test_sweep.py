@@ -165,7 +165,7 @@ def test_ablation_of_the_champion(tiny_run, swept):
     assert heads == set(report["estimates"]["mean"]["heads"])
     fit = report["estimates"]["mean"]["attribution"]["plain"]
     assert fit["overall"]["heads"] == len(heads) and len(fit["layers"]) == 1
-    assert f"{len(heads)} heads: Pearson" in done.stdout
+    assert f"{len(heads)} head(s): Pearson" in done.stdout
     assert all(Head.parse(r["head"]).layer > 0 for r in report["downstream"])
     line = refused("interp.ablate", "--ckpt", ckpt, "--results", str(out))
     assert "--overwrite" in line
@@ -176,7 +176,7 @@ def test_ablation_of_the_champion(tiny_run, swept):
         ("random:²", "random:K"),
         ("top:17", "K from 1 to 16"),
         ("heads,random:3", "3 other heads are asked for, 0 are not named"),
-        ("L0", "--units 'L0' is not a head"),
+        ("L0", "--units L0: 'L0' is not a head"),
         ("", "--units ''"),
         ("L0H1+L0H1", "names a head twice"),
         ("L0H1+L7H0", "--units L7H0: the tower has 4 layers of 4"),

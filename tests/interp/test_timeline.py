@@ -139,5 +139,10 @@ def test_both_commands_over_a_run(tmp_path):
     assert json.loads(course_file.read_text()) == ablated
     assert (run / "sweep-step_4" / "ablation.json").stat().st_mtime_ns == before
     course_file.unlink()
-    assert "(asked differs)" in refused("interp.ablate", *ckpt, *flags, "--kinds", "zero")
+    arrays = run / "sweep-step_4" / "ablation.npz"
+    kept = arrays.read_bytes()
+    arrays.write_bytes(kept[:-1])
+    assert "(ablation.npz differs)" in refused("interp.ablate", *ckpt, *flags, *kinds)
+    arrays.write_bytes(kept)
+    assert "(kinds differs)" in refused("interp.ablate", *ckpt, *flags, "--kinds", "zero")
     assert "go with one checkpoint" in refused("interp.sweep", *ckpt, "--out", str(tmp_path))
