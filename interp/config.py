@@ -280,6 +280,48 @@ class CompareConfig(OfSweep):
 
 
 @dataclass(frozen=True)
+class AnimateConfig:
+    """What `interp.animate` draws."""
+
+    results: Positional[Path | None] = None
+    """Folder of a sweep. Default: the newest under logs/. For --what training: the folder of the
+    run, whose numbered checkpoints were swept by a pattern."""
+    what: Literal["duel", "layer", "layers", "training", "sheets"] = "duel"
+    """duel: champion and challenger, picture by picture. layer: all heads of --layer, picture by
+    picture. layers: all heads, layer by layer, on one picture. training: --head, checkpoint by
+    checkpoint, on one picture. sheets: for papers, the gallery of --head and a sheet of all heads
+    on one picture, as PNG and PDF."""
+    head: str | None = None
+    """As L11H5. Default: the champion of discovery (of the last checkpoint)."""
+    challenger: str | None = None
+    """For duel and training: the head beside it. Default: the second of discovery."""
+    layer: int | None = None
+    """Default: that of the champion."""
+    image: str | None = None
+    """Public id of a picture that the sweep kept. Default: the first that is of validation."""
+    largest: float = 5.0
+    """MB of a GIF, at most; frames that do not fit are left out, and counted."""
+    out: Path | None = None
+    """File, or for sheets a folder. Default: WHAT.gif, or sheets/, in the folder of the results."""
+    overwrite: bool = False
+    """Replace what stands there."""
+
+    def __post_init__(self) -> None:
+        if self.out == Path():
+            raise UserError("--out is empty; name a file, or leave it out")
+        if not 0.05 <= self.largest < 1000:
+            raise UserError(f"--largest {self.largest:g} must lie in 0.05..1000 (MB)")
+        for name, only in (
+            ("head", ("training", "sheets")),
+            ("challenger", ("duel", "training")),
+            ("layer", ("layer",)),
+            ("image", ("layers", "training", "sheets")),
+        ):
+            if getattr(self, name) is not None and self.what not in only:
+                raise UserError(f"--{name} goes with --what {' or '.join(only)}; leave it out")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What `interp.report` shows."""
 

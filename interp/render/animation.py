@@ -1,16 +1,22 @@
-"""Champion against challenger, picture by picture, as a GIF on one colour scale."""
+"""Heads on pictures as a GIF on one colour scale: a duel, a layer, all layers, along training."""
 
 from __future__ import annotations
 
+import itertools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import imageio.v3 as iio
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
 from interp.analysis import Findings
+from interp.grounding.metrics import PairScores
 from interp.heads import Head
 from interp.render.canvas import LIGHT, place, themed, write
 from interp.render.gallery import (
@@ -27,8 +33,19 @@ from interp.render.gallery import (
     scale_words,
     shown,
 )
-from interp.render.words import attention_of, evidence, number, plural, subject
+from interp.render.words import (
+    attention_of,
+    count,
+    evidence,
+    number,
+    p_value,
+    plural,
+    span,
+    subject,
+)
 from interp.results import SweepResults
+from interp.stats.intervals import excess_interval, head_blocks
+from interp.stats.pairing import pairing_test
 from superclip.errors import UserError
 
 MILLISECONDS = 1500
@@ -57,47 +74,126 @@ def challenger_of(findings: Findings, wanted: Head | None = None) -> Head | None
     return wanted
 
 
-def frame(
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Attention of one head on a picture, with words above and below."""
+
+    above: str
+    attention: Float[np.ndarray, "rows columns"]
+    under: tuple[str, ...]
+
+
+def still(
+    results: SweepResults, i: int, title: str, panels: Sequence[Panel], norm: Normalize
+) -> Figure:
+    """Gallery picture `i`, and heads on it; at most four in a row, all on one colour scale."""
+    across = min(len(panels), 4)
+    side, size = (2.6, 8) if across < 3 else (1.95, 6.5)
+    name, split = facts(results, i)
+    area = number(box_area(results, i))
+    beside = (f"{name}, {split}", f"area of the boxes {area}", "(in-box mass of uniform attention)")
+    under = [_wrapped(lines, side, size) for lines in (beside, *(p.under for p in panels))]
+    deep = side + 0.24 + 0.02 * size * max(text.count("\n") + 1 for text in under)
+    rows = -(-len(panels) // across)
+    width, left = 0.15 + (across + 1) * (side + 0.15) + 0.55, 0.3 + side
+    with themed(LIGHT):
+        figure = Figure(figsize=(width, max(0.62 + rows * deep, 0.72 + side + 0.62)))
+        write(figure, 0.15, 0.13, title, size=10, weight="bold")
+        picture, marked = results.gallery_pixels[i], boxes(results, i)
+        draw_picture(place(figure, 0.15, 0.72, side, side), picture, marked)
+        write(figure, 0.15, 0.5, f"picture {i + 1} of the gallery", size=9)
+        write(figure, 0.15, 0.78 + side, under[0], size=size, linespacing=1.3)
+        for k, panel in enumerate(panels):
+            x, y = left + k % across * (side + 0.15), 0.72 + k // across * deep
+            draw_attention(place(figure, x, y, side, side), picture, marked, panel.attention, norm)
+            write(figure, x, y - 0.2, panel.above, size=9, weight="bold")
+            write(figure, x, y + side + 0.06, under[k + 1], size=size, linespacing=1.3)
+        draw_scale(
+            figure, place(figure, width - 0.5, 0.72, 0.1, side), results.maps.shape[-1], norm
+        )
+        words = scale_words(results.maps.shape[-1])
+        write(figure, width - 0.1, 0.32, words, size=7, ha="right", color=LIGHT.muted)
+    return figure
+
+
+def _wrapped(lines: Sequence[str], wide: float, size: float) -> str:
+    """Lines of text that keep to `wide` inches in letters of `size` points."""
+    letters = int(wide * 134 / size)
+    return "\n".join(textwrap.fill(line, letters) for line in lines)
+
+
+def duel(
     results: SweepResults, findings: Findings, challenger: Head, i: int, norm: Normalize
 ) -> Figure:
-    """Gallery picture `i`, and the attention of both heads on it."""
-    name, split = facts(results, i)
-    patches = results.maps.shape[-1]
-    with themed(LIGHT):
-        figure = Figure(figsize=(8.9, 3.95))
-        title = f"{subject(results)}: {attention_of(results)}"
-        write(figure, 0.15, 0.13, title, size=10, weight="bold")
-        panels = [place(figure, 0.15 + k * 2.75, 0.72, 2.6, 2.6) for k in range(3)]
-        picture, marked = results.gallery_pixels[i], boxes(results, i)
-        draw_picture(panels[0], picture, marked)
-        words = [
-            (
-                f"picture {i + 1} of the gallery",
-                f"{name}, {split}",
-                f"area of the boxes {number(box_area(results, i))}",
-                "(the in-box mass of uniform attention)",
-            )
-        ]
-        for k, (role, head) in enumerate(
-            (("champion", findings.champion), ("challenger", challenger)), start=1
-        ):
-            draw_attention(panels[k], picture, marked, attention(results, head, i), norm)
-            here = f"in-box mass of this picture {number(mass(results, head, i))}"
-            words.append((f"{role} {head}", here, *evidence(findings, head)))
-        for k, (above, *under) in enumerate(words):
-            write(figure, 0.15 + k * 2.75, 0.5, above, size=9, weight="bold" if k else "normal")
-            write(figure, 0.15 + k * 2.75, 3.38, "\n".join(under), size=8, linespacing=1.35)
-        draw_scale(figure, place(figure, 8.35, 0.72, 0.1, 2.6), patches, norm)
-        write(figure, 8.75, 0.16, scale_words(patches), size=7, ha="right", color=LIGHT.muted)
-    return figure
+    """Champion and challenger on gallery picture `i`."""
+    panels = [
+        Panel(f"{role} {head}", attention(results, head, i), _said(results, findings, head, i))
+        for role, head in (("champion", findings.champion), ("challenger", challenger))
+    ]
+    return still(results, i, f"{subject(results)}: {attention_of(results)}", panels, norm)
+
+
+def _said(results: SweepResults, findings: Findings, head: Head, i: int) -> tuple[str, ...]:
+    here = f"in-box mass of this picture {number(mass(results, head, i))}"
+    return here, *evidence(findings, head)
 
 
 def frames(
     results: SweepResults, findings: Findings, challenger: Head
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """One frame a picture of the gallery, all on one colour scale."""
+    """Champion against challenger: one frame a picture, all on one colour scale."""
     norm = scale(results, [findings.champion, challenger])
-    return [_pixels(frame(results, findings, challenger, i, norm)) for i in range(shown(results))]
+    return [_pixels(duel(results, findings, challenger, i, norm)) for i in range(shown(results))]
+
+
+def layer_frames(
+    results: SweepResults, findings: Findings, layers: Sequence[int], pictures: Sequence[int]
+) -> list[UInt8[np.ndarray, "height width 3"]]:
+    """All heads of a layer: one frame a layer and picture, all on one colour scale."""
+    heads = {layer: [Head(layer, k) for k in range(results.shape[1])] for layer in layers}
+    norm = scale(results, [head for own in heads.values() for head in own])
+    drawn = []
+    for layer, i in itertools.product(layers, pictures):
+        panels = [
+            Panel(str(head), attention(results, head, i), _said(results, findings, head, i))
+            for head in heads[layer]
+        ]
+        title = f"{subject(results)}: layer {layer}, {attention_of(results)}"
+        drawn.append(_pixels(still(results, i, title, panels, norm)))
+    return drawn
+
+
+def training_frames(
+    steps: Sequence[int], sweeps: Sequence[SweepResults], heads: Sequence[Head], i: int
+) -> list[UInt8[np.ndarray, "height width 3"]]:
+    """Heads on one picture, one frame a checkpoint, all on one colour scale.
+
+    Raises:
+        UserError: if the sweeps did not keep the same pictures.
+    """
+    for sweep in sweeps:
+        if sweep.manifest["images_sha256"] != sweeps[-1].manifest["images_sha256"]:
+            raise UserError("the checkpoints were swept on other pictures; sweep them anew")
+    norm = Normalize(0, max(float(scale(sweep, heads).vmax or 0) for sweep in sweeps))
+    drawn = []
+    for step, sweep in zip(steps, sweeps):
+        rows = sweep.rows("validation")
+        stratum, panels = sweep.stratum[rows].astype(np.int64), []
+        draws, seed = sweep.manifest["draws"], sweep.manifest["seed"]
+        for head in heads:
+            maps = sweep.maps[rows, head.layer, head.index].astype(np.float64)[:, None]
+            pairs = PairScores(maps, sweep.coverage[rows], sweep.valid[rows])
+            excess = excess_interval(head_blocks(pairs, stratum), draws, seed)
+            p = float(pairing_test(pairs, stratum, draws, seed).p.ravel()[0])
+            told = (
+                f"in-box mass of this picture {number(mass(sweep, head, i))}",
+                f"validation excess {span(excess, 4)}",
+                f"p = {p_value(p)} (this step alone), n = {count(excess.n)}",
+            )
+            panels.append(Panel(str(head), attention(sweep, head, i), told))
+        title = f"{subject(sweep)}: step {count(step)}, {attention_of(sweep)}"
+        drawn.append(_pixels(still(sweep, i, title, panels, norm)))
+    return drawn
 
 
 def gif(

@@ -6,8 +6,10 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -63,9 +65,19 @@ def place(figure: Figure, left: float, top: float, width: float, height: float) 
 
 
 def write(figure: Figure, left: float, top: float, text: str, **style: object) -> None:
-    """Text with its upper left corner at a place in inches."""
+    """Text with its upper left corner at a place in inches; no dollar sign starts a formula, and a
+    letter that the font lacks becomes a box."""
     across, down = figure.get_size_inches()
-    figure.text(left / across, 1 - top / down, text, **({"va": "top"} | style))  # pyright: ignore[reportArgumentType]
+    known = _letters()
+    text = "".join(c if c == "\n" or ord(c) in known else "\u25a1" for c in text)
+    style = {"va": "top", "parse_math": False} | style
+    figure.text(left / across, 1 - top / down, text, **style)  # pyright: ignore[reportArgumentType]
+
+
+@cache
+def _letters() -> frozenset[int]:
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    return frozenset(font.get_charmap())
 
 
 def png(figure: Figure, dpi: int = DPI) -> bytes:

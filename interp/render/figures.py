@@ -20,6 +20,7 @@ from interp.render.words import (
     number,
     pixel_maps,
     plural,
+    short,
     significant,
     subject,
     untrained,
@@ -205,7 +206,7 @@ def spread(values: Float[np.ndarray, " k"], step: float) -> Float[np.ndarray, " 
 
 def _title(figure: Figure, results: SweepResults, title: str, theme: Theme) -> None:
     write(figure, 0.15, 0.12, title, size=10.5, weight="bold")
-    data = results.manifest["data"]["name"]
+    data = short(results.manifest["data"]["name"])
     below = f"{subject(results)}, {data}, {attention_of(results)}"
     write(figure, 0.15, 0.36, below, size=8, color=theme.muted)
 

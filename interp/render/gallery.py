@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from interp.heads import Head
 from interp.render.canvas import LIGHT, Theme, place, themed, write
-from interp.render.words import attention_of, count, number, percent, plural, subject
+from interp.render.words import attention_of, count, number, percent, plural, short, subject
 from interp.results import SweepResults
 
 MOST = 24
@@ -147,7 +147,8 @@ def gallery(results: SweepResults, head: Head, theme: Theme = LIGHT) -> Figure:
     with themed(theme):
         figure = Figure(figsize=(width, 0.82 + rows * (_SIDE + _BELOW)))
         write(figure, 0.15, 0.12, f"Attention of {head} on the pictures", size=10.5, weight="bold")
-        below = f"{subject(results)}, {results.manifest['data']['name']}, {attention_of(results)}"
+        data = short(results.manifest["data"]["name"])
+        below = f"{subject(results)}, {data}, {attention_of(results)}"
         write(figure, 0.15, 0.36, below, size=8, color=theme.muted)
         if total == 0:
             write(figure, 0.15, 0.66, caption(results, head), size=8)

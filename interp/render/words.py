@@ -81,7 +81,16 @@ def subject(results: SweepResults) -> str:
     """The checkpoint in a few words."""
     checkpoint = results.manifest["checkpoint"]
     loss = "" if checkpoint["loss"] == "unknown" else checkpoint["loss"] + " "
-    return f"{loss}{checkpoint['model']} {checkpoint['sha256'][:8]}"
+    return f"{loss}{short(checkpoint['model'])} {checkpoint['sha256'][:8]}"
+
+
+def short(name: str, letters: int = 48) -> str:
+    """A name of others, cut for a line.
+
+    >>> short("a" * 60, 5)
+    'aaaa…'
+    """
+    return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
 def significant(findings: Findings) -> np.ndarray:

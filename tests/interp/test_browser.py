@@ -3,6 +3,7 @@
 A script at the end of the page acts as a reader would and leaves what it saw in the document, which
 headless Chromium prints; no driver is needed."""
 
+import dataclasses
 import html
 import json
 import re
@@ -16,6 +17,7 @@ from interp.analysis import analyse
 from interp.heads import Head
 from interp.render import words
 from interp.report import build, pages
+from interp.results import images_sha256
 from tests.interp.sweeps import small_sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -89,14 +91,29 @@ ACT = """<script>
 </script>"""
 
 
+HOSTILE = (
+    "</script><img src=x onerror=complain()> \U0001f440 \u202e\u05e9\u05dc\u05d5\u05dd $x_1$ \"'"
+    + "a" * 10_000
+)
+
+
+@pytest.fixture(scope="module", params=["desktop", "phone"])
+def results(request):
+    """On the phone, of a model, data and pictures with the names that break a page."""
+    found = small_sweep()
+    if request.param == "desktop":
+        return found
+    manifest = json.loads(json.dumps(found.manifest))
+    manifest["checkpoint"]["model"] = manifest["data"]["name"] = HOSTILE
+    ids = np.array([f"{k}{HOSTILE}" for k in range(len(found.image_ids))])
+    manifest["images_sha256"] = images_sha256(ids, found.coverage)
+    return dataclasses.replace(found, manifest=manifest, image_ids=ids)
+
+
 @pytest.fixture(scope="module")
-def results():
-    return small_sweep()
-
-
-@pytest.fixture(scope="module", params=[(1280, 900), (390, 800)], ids=["desktop", "phone"])
-def seen(results, request, tmp_path_factory):
+def seen(results, tmp_path_factory):
     """What a reader saw who clicked, walked by keys, filtered and sorted."""
+    wide = "aaaa" not in str(results.image_ids[0])
     folder = tmp_path_factory.mktemp("page")
     results.save(folder / "sweep")
     folders, out = [folder / "sweep"], folder / "report.html"
@@ -105,7 +122,7 @@ def seen(results, request, tmp_path_factory):
     page = page.replace("<head>", f"<head>{WATCH}").replace("</body>", f"{act}</body>")
     out.write_text(page)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
-    size = "--window-size={},{}".format(*request.param)
+    size = f"--window-size={1280 if wide else 390},900"
     words = [CHROMIUM, *flags, size, f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
     done = subprocess.run([*words, out.as_uri()], capture_output=True, text=True, timeout=240)
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -110,7 +110,7 @@ def test_animation_is_one_scale_equal_frames_and_small(results, findings):
     heads = [(h.layer, h.index) for h in (findings.champion, rival)]
     assert norm.vmax == max(results.maps[:3, *head].max() for head in heads)
     for i in range(3):
-        figure = animation.frame(results, findings, rival, i, norm)
+        figure = animation.duel(results, findings, rival, i, norm)
         over = [m for axes in figure.axes for m in axes.images if m.get_cmap().name == gallery.MAP]
         assert [m.get_clim() for m in over] == [(0, norm.vmax)] * 2
         said = " ".join(texts(figure))
