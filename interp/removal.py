@@ -39,6 +39,8 @@ ALL: dict[str, Literal["head", "mlp", "attention", "layer"]] = {
     "attentions": "attention",
     "layers": "layer",
 }
+WORDS, FEW = 3, 10
+"""Categories told of a head; pictures with and without one that are needed to tell."""
 MAP_DRAWS = 1000
 """Bootstrap draws of a mean average precision, at most: each ranks all pictures anew."""
 Roles = dict[str, str]
@@ -93,6 +95,7 @@ def ablate_units(
         "sets": said.pop("sets", None),
         "estimates": said,
     }
+    report["words"] = _words(swept, answers, judge)
     if config.downstream:
         report["downstream"] = _downstream(swept, units, config, judge)
     return report, changes
@@ -404,6 +407,54 @@ def attributions(
             found[name].append(estimate.heads.detach().double().cpu().numpy())
         start += len(images)
     return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _words(swept: Swept, asked: Questions, judge: Judge) -> dict[str, list[dict[str, Any]]]:
+    """What each head writes: by head the `WORDS` categories towards whose texts its direct effect
+    is the most larger in pictures that show them than in others. Discovery chooses them,
+    validation gives `difference` of cosine, with an interval of that row alone."""
+    import torch
+
+    from interp.causal.direct import direct_effects
+    from interp.stats.intervals import interval_of
+
+    names, classes = swept.results.manifest["categories"], asked.classes
+    found, shown = {}, {split: swept.present(split) for split in ("discovery", "validation")}
+    told = [
+        k
+        for k in range(len(names))
+        if all(FEW <= s[:, k].sum() <= len(s) - FEW for s in shown.values())
+    ]
+    if classes is None or not told:
+        return {}
+    for split in shown:
+        batches = swept.batches(swept.rows(split), f"words, {split}")
+        with torch.no_grad():
+            parts = [direct_effects(swept.tower, x, classes[told]).heads.cpu() for x in batches]
+        found[split] = torch.cat(parts).double().numpy()  # image, layer, head, class
+    with_it = {split: of[:, told].astype(float) for split, of in shown.items()}
+
+    def gap(effects: np.ndarray, held: np.ndarray) -> np.ndarray:
+        sums, rest = np.einsum("ilhc,ic->lhc", effects, held), held.sum(0)
+        return sums / rest - (effects.sum(0) - sums) / (len(held) - rest)
+
+    order = np.argsort(-gap(found["discovery"], with_it["discovery"]), axis=-1, kind="stable")
+    words: dict[str, list[dict[str, Any]]] = {}
+    for layer, head in np.ndindex(order.shape[:2]):
+        rows = []
+        for k in order[layer, head, :WORDS]:
+            x, s = found["validation"][:, layer, head, k], with_it["validation"][:, k]
+            columns = np.stack([x * s, s, x * (1 - s), 1 - s], axis=1)
+            difference = interval_of(
+                lambda m: m[..., 0] / m[..., 1] - m[..., 2] / m[..., 3],
+                columns,
+                None,
+                min(judge.draws, MAP_DRAWS),
+                judge.seed,
+            )
+            rows.append({"word": names[told[k]], "difference": asdict(difference)})
+        words[str(Head(layer, head))] = rows
+    return words
 
 
 def _attributed(swept: Swept, config: AblateConfig) -> list[Head]:

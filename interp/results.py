@@ -98,14 +98,16 @@ class SweepResults:
         return np.where(wanted, self.stratum, -1).astype(np.int64)
 
     def save(self, folder: Path) -> None:
-        """Write `results.npz` and `results.json`, each whole or not at all."""
+        """Write `results.npz` and `results.json`, each whole or not at all; the latter with a hash
+        over both, so that an edit by hand is told when they are opened."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         manifest, metrics = arrays.pop("manifest"), arrays.pop("metrics")
         arrays |= {f"metric_{name}": values for name, values in metrics.items()}
         with replacing(folder / "results.npz") as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        signed = manifest | {"content_sha256": _content_sha256(manifest, arrays)}
+        text = json.dumps(signed, indent=1, sort_keys=True) + "\n"
         replace_text(folder / "results.json", text)
 
     @staticmethod
@@ -139,6 +141,8 @@ class SweepResults:
             raise UserError(
                 f"{folder}/results.json lacks {', '.join(sorted(lacking))}; run the sweep again"
             )
+        signed = manifest.pop("content_sha256", None)  # absent from older sweeps
+        edited = signed is not None and signed != _content_sha256(manifest, arrays)
         metrics = {
             name.removeprefix("metric_"): arrays.pop(name)
             for name in list(arrays)
@@ -151,11 +155,24 @@ class SweepResults:
             raise UserError(
                 f"{folder}: results.npz is of other pictures than results.json; run the sweep again"
             )
+        if edited:
+            raise UserError(
+                f"{folder}: the files were edited since the sweep (their hash says so); "
+                "run the sweep again"
+            )
         results = SweepResults(manifest=manifest, metrics=metrics, **arrays)
         for split in ("discovery", "validation"):
             if not len(results.rows(split)):
                 raise UserError(f"{folder}: no picture is of {split}; run the sweep again")
         return results
+
+
+def _content_sha256(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {values.dtype} {values.shape}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def _whole(arrays: Mapping[str, np.ndarray], metrics: Mapping[str, np.ndarray]) -> bool:

@@ -1,5 +1,6 @@
 """The sweep end to end: bytes, splits, planted heads, bad input."""
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -9,11 +10,16 @@ import pytest
 import torch
 from conftest import command, refused
 
+from interp import removal
 from interp.analysis import analyse, plain
+from interp.causal.direct import direct_effects
+from interp.causal.findings import Judge
 from interp.collect import FEWEST, SALIENCY
+from interp.config import AblateConfig
 from interp.heads import Head
 from interp.results import METRICS, SweepResults, images_sha256
 from interp.stats.splits import assign_split
+from interp.swept import open_swept
 from superclip.errors import UserError
 
 WORDS = "--num 220 --untrained 2 --draws 199 --gallery 4 --threads 1"
@@ -244,3 +250,52 @@ def test_damaged_results_are_refused(swept, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="schema 7"):
         SweepResults.load(tmp_path)
+
+
+def test_an_edit_by_hand_is_told(swept, tmp_path):
+    results = SweepResults.load(swept[0])
+    results.save(tmp_path / "a")
+    assert SweepResults.load(tmp_path / "a").manifest == results.manifest
+    manifest = json.loads((tmp_path / "a" / "results.json").read_text())
+    (tmp_path / "a" / "results.json").write_text(json.dumps(manifest | {"draws": 99999}))
+    with pytest.raises(UserError, match="were edited since the sweep"):
+        SweepResults.load(tmp_path / "a")
+    better = {"in_box_mass": results.metrics["in_box_mass"] + np.float32(0.1)}
+    dataclasses.replace(results, metrics=results.metrics | better).save(tmp_path / "b")
+    (tmp_path / "b" / "results.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="were edited since the sweep"):
+        SweepResults.load(tmp_path / "b")
+    old = {k: v for k, v in manifest.items() if k != "content_sha256"}
+    (tmp_path / "b" / "results.json").write_text(json.dumps(old))
+    assert SweepResults.load(tmp_path / "b").manifest == results.manifest  # of older sweeps
+
+
+def test_what_a_head_writes_is_told_by_pictures_that_did_not_choose_it(
+    tiny_run, swept, monkeypatch
+):
+    monkeypatch.setattr(removal, "FEW", 2)
+    config = AblateConfig(ckpt=tiny_run / "final_epoch.pt", results=swept[0], draws=199)
+    opened = open_swept(config)
+    answers, names = removal.questions(opened), opened.results.manifest["categories"]
+    words = removal._words(opened, answers, Judge(199, 0))
+    assert set(words) == {f"L{layer}H{head}" for layer in range(4) for head in range(4)}
+
+    def gaps(split):
+        """By category, of L1H2, with loops."""
+        (images,) = [torch.cat(list(opened.batches(opened.rows(split), split)))]
+        with torch.no_grad():
+            effects = direct_effects(opened.tower, images, answers.classes).heads[:, 1, 2].numpy()
+        shown, found = opened.present(split), {}
+        for k, name in enumerate(names):
+            with_it = [e[k] for e, s in zip(effects, shown) if s[k]]
+            others = [e[k] for e, s in zip(effects, shown) if not s[k]]
+            if min(len(with_it), len(others)) >= 2:
+                found[name] = np.mean(with_it) - np.mean(others)
+        return found
+
+    chosen, judged = gaps("discovery"), gaps("validation")
+    told = sorted(set(chosen) & set(judged), key=lambda name: -chosen[name])[:3]
+    assert [row["word"] for row in words["L1H2"]] == told
+    for row in words["L1H2"]:
+        assert row["difference"]["estimate"] == pytest.approx(judged[row["word"]], abs=1e-6)
+        assert row["difference"]["low"] < row["difference"]["estimate"] < row["difference"]["high"]
