@@ -1,7 +1,9 @@
 """Notebooks hold no output, run from top to bottom, show what they say, leave nothing behind."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import nbformat
@@ -35,7 +37,7 @@ def test_outputs_are_stripped_and_settings_come_first(path):
 class Ran:
     """A notebook executed in a folder of its own: its texts, its pictures, what it wrote."""
 
-    def __init__(self, number, folder, monkeypatch, **settings):
+    def __init__(self, number, folder, monkeypatch, run, **settings):
         (path,) = (p for p in NOTEBOOKS if p.stem.startswith(number))
         notebook = nbformat.read(path, 4)
         notebook.cells[1].source += "".join(f"\n{k} = {v!r}" for k, v in settings.items())
@@ -43,11 +45,7 @@ class Ran:
         for name in ("SUPERCLIP_CKPT", "SUPERCLIP_AGAINST", "SUPERCLIP_DATA", "SUPERCLIP_COURSE"):
             monkeypatch.delenv(name, raising=False)
         (folder / "notebooks").mkdir()
-        resources = {"metadata": {"path": str(folder / "notebooks")}}
-        NotebookClient(notebook, timeout=280, kernel_name="python3", resources=resources).execute()
-        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-        data = [output.get("data", {}) for output in outputs]
-        self.text = "\n".join(o.get("text", "") for o in outputs)
+        self.text, data = run(notebook, folder / "notebooks")
         self.text += "\n".join(d.get("text/plain", "") for d in data)
         self.pictures = sum("image/png" in d for d in data)
         self.widgets = sum("application/vnd.jupyter.widget-view+json" in d for d in data)
@@ -55,9 +53,28 @@ class Ran:
         assert not list((folder / "notebooks").iterdir())
 
 
+def by_kernel(notebook, folder):
+    """As Jupyter runs it: texts that were printed, and what was displayed."""
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=280, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(o.get("text", "") for o in outputs), [o.get("data", {}) for o in outputs]
+
+
+def by_shell(notebook, folder):
+    """Cell by cell in a shell of IPython, without the sockets of a kernel: for the quick suite."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    words = [sys.executable, str(ROOT / "tests" / "run_cells.py")]
+    given = {"input": json.dumps(cells), "capture_output": True, "text": True, "timeout": 280}
+    done = subprocess.run(words, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, **given)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    shown = json.loads(done.stdout.splitlines()[-1])
+    return "\n".join(shown["texts"]), shown["data"]
+
+
 def test_attention_maps(tmp_path, monkeypatch):
-    ran = Ran("01", tmp_path, monkeypatch, **QUICK, TRAIN=SUPERCLIP)
-    assert ran.pictures == 4 and ran.widgets == 1
+    ran = Ran("01", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=SUPERCLIP)
+    assert ran.pictures == 5 and ran.widgets == 1  # a shell shows the slider's picture itself
     champion = json.loads((ran.logs / "superclip/sweep/findings.json").read_text())["champion"][
         "head"
     ]
@@ -66,7 +83,7 @@ def test_attention_maps(tmp_path, monkeypatch):
 
 
 def test_sweep_and_statistics(tmp_path, monkeypatch):
-    ran = Ran("02", tmp_path, monkeypatch, **QUICK, TRAIN=SUPERCLIP, UNTRAINED=1)
+    ran = Ran("02", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=SUPERCLIP, UNTRAINED=1)
     findings = json.loads((ran.logs / "superclip/sweep/findings.json").read_text())
     passed = sum(row["discovery_p_adjusted"] <= 0.05 for row in findings["heads"])
     assert ran.pictures == 2
@@ -75,7 +92,7 @@ def test_sweep_and_statistics(tmp_path, monkeypatch):
 
 
 def test_superclip_beside_clip(tmp_path, monkeypatch):
-    ran = Ran("04", tmp_path, monkeypatch, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
+    ran = Ran("04", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
     assert ran.pictures == 2 and ran.text.count("The champion of 16 heads is") == 2
     assert "descriptive" in ran.text and "retrieval" in ran.text
     (report,) = (ran.logs / "arms/superclip").glob("compare_*.json")
@@ -84,7 +101,7 @@ def test_superclip_beside_clip(tmp_path, monkeypatch):
 
 def test_grounding_appears(tmp_path, monkeypatch):
     train = SUPERCLIP.replace("/superclip", "/course")
-    ran = Ran("05", tmp_path, monkeypatch, **QUICK, TRAIN=train, UNTRAINED=1, EVERY=4)
+    ran = Ran("05", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=train, UNTRAINED=1, EVERY=4)
     assert ran.pictures == 1 and re.search(r"step 4 +step 8 +appears", ran.text)
     last = json.loads((ran.logs / "course/sweep-epoch_1/findings.json").read_text())
     assert f"champion {last['champion']['head']} " in ran.text
@@ -103,5 +120,5 @@ def test_grounding_appears(tmp_path, monkeypatch):
     ],
 )
 def test_as_it_stands(number, pictures, says, tmp_path, monkeypatch):
-    ran = Ran(number, tmp_path, monkeypatch)
+    ran = Ran(number, tmp_path, monkeypatch, by_kernel)
     assert ran.pictures == pictures and re.search(says, ran.text)
