@@ -448,7 +448,7 @@ def _words(swept: Swept, asked: Questions, judge: Judge) -> dict[str, list[dict[
             difference = interval_of(
                 lambda m: m[..., 0] / m[..., 1] - m[..., 2] / m[..., 3],
                 columns,
-                None,
+                s.astype(np.int64),  # drawn within those with and those without: neither runs out
                 min(judge.draws, MAP_DRAWS),
                 judge.seed,
             )

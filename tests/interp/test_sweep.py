@@ -273,7 +273,7 @@ def test_an_edit_by_hand_is_told(swept, tmp_path):
 def test_what_a_head_writes_is_told_by_pictures_that_did_not_choose_it(
     tiny_run, swept, monkeypatch
 ):
-    monkeypatch.setattr(removal, "FEW", 2)
+    monkeypatch.setattr(removal, "FEW", 2)  # so few that a draw of all would often hold none
     config = AblateConfig(ckpt=tiny_run / "final_epoch.pt", results=swept[0], draws=199)
     opened = open_swept(config)
     answers, names = removal.questions(opened), opened.results.manifest["categories"]
