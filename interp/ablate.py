@@ -93,13 +93,13 @@ def ablate_course(config: AblateConfig) -> None:
 
 def standing(config: AblateConfig, head: str) -> dict[str, Any] | None:
     """A report of a course that stands beside a sweep and is what is asked for now; None if there
-    is none.
+    is none. Whether the arrays beside it are its own, `load_effects` asks.
 
     Args:
         head: that it must hold, beside what `--units` asks for; "champion" for its own.
 
     Raises:
-        UserError: if it is one of another sweep or of other options, or its arrays are others.
+        UserError: if it is one of another sweep or of other options.
     """
     from interp.removal import SCHEMA, asked
     from interp.results import SweepResults
@@ -119,9 +119,8 @@ def standing(config: AblateConfig, head: str) -> dict[str, Any] | None:
         lacking = set(config.units.split(",")) - set(report["asked"]["units"].split(","))
         if lacking or head not in named:
             unlike.append("units")
-        arrays = hashlib.sha256(path.with_suffix(".npz").read_bytes()).hexdigest()
-        if report["arrays_sha256"] != arrays or report["champion"] not in named:
-            unlike.append("ablation.npz")
+        if report["champion"] not in named:
+            unlike.append("champion")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         unlike, report = ["content"], {}
     if unlike:

@@ -3,6 +3,7 @@ depend on it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
@@ -28,6 +29,7 @@ from interp.stats.intervals import (
 from superclip.errors import UserError
 
 SCHEMA = 1
+AGAIN = "run interp.ablate --overwrite"
 SHARE = 0.5
 """A curve has set in where it reaches this share of its final value, for good."""
 
@@ -143,15 +145,19 @@ def load_effects(folder: Path) -> dict[str, Float[np.ndarray, " image"]]:
     """Change of margin of every image by `KIND UNIT`, from `ablation.npz`.
 
     Raises:
-        UserError: if it is not there or can't be read.
+        UserError: if it is not there, can't be read, or is not that of `ablation.json`.
     """
     try:
+        told = json.loads((folder / "ablation.json").read_text()).get("arrays_sha256")
+        held = hashlib.sha256((folder / "ablation.npz").read_bytes()).hexdigest()
+        if told not in (None, held):  # None: of an older report
+            raise UserError(f"{folder}/ablation.npz is not that of ablation.json; {AGAIN}")
         with np.load(folder / "ablation.npz", allow_pickle=False) as file:
             return {name: file[name].astype(np.float64) for name in file.files}
+    except UserError:
+        raise
     except (OSError, EOFError, AttributeError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{folder}/ablation.npz can't be read ({error}); run interp.ablate --overwrite"
-        ) from None
+        raise UserError(f"{folder}/ablation.npz can't be read ({error}); {AGAIN}") from None
 
 
 def courses(

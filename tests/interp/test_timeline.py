@@ -75,6 +75,7 @@ def test_dependence_needs_every_checkpoint(tmp_path):
     rng = np.random.default_rng(0)
     for step in (1, 2):
         (tmp_path / str(step)).mkdir()
+        (tmp_path / str(step) / "ablation.json").write_text("{}")
         arrays = {"mean L0H0": -step + rng.normal(size=40), "mean L0H1": rng.normal(size=40)}
         arrays |= {"mean L1H0": rng.normal(size=40)} if step == 2 else {}
         np.savez(tmp_path / str(step) / "ablation.npz", **arrays)
@@ -142,7 +143,9 @@ def test_both_commands_over_a_run(tmp_path):
     arrays = run / "sweep-step_4" / "ablation.npz"
     kept = arrays.read_bytes()
     arrays.write_bytes(kept[:-1])
-    assert "(ablation.npz differs)" in refused("interp.ablate", *ckpt, *flags, *kinds)
+    assert "ablation.npz is not that of ablation.json" in refused(
+        "interp.ablate", *ckpt, *flags, *kinds
+    )
     arrays.write_bytes(kept)
     assert "(kinds differs)" in refused("interp.ablate", *ckpt, *flags, "--kinds", "zero")
     assert "go with one checkpoint" in refused("interp.sweep", *ckpt, "--out", str(tmp_path))
