@@ -9,7 +9,6 @@ seconds and swept as in that of `sweep`.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -198,7 +197,6 @@ def _config(cls: type[Config], ckpt: Path | str | None, options: Mapping[str, An
     given |= {name: Path(given[name]) for name in ("root", "results", "out") if given.get(name)}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     config = cls(ckpt=None if ckpt is None else Path(ckpt), **given)
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip reports every construction there
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return config

@@ -31,13 +31,10 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(SweepConfig, argv, "python -m interp.sweep", DESCRIPTION)
-    import logging
-
     import torch
 
     from interp.timeline import is_pattern
 
-    logging.getLogger().setLevel(logging.ERROR)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if is_pattern(config.ckpt):

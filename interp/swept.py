@@ -7,7 +7,6 @@ pictures, the same split, so that whatever discovery chose is judged by validati
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -145,7 +144,6 @@ def open_swept(config: OfSweep) -> Swept:
         UserError: if there is no sweep, it is of another checkpoint, or its pictures can't be found
             again.
     """
-    logging.getLogger().setLevel(logging.ERROR)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)

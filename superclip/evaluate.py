@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,6 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(EvalConfig, argv, "python -m superclip.evaluate", DESCRIPTION)
-    logging.getLogger().setLevel(logging.ERROR)
     if config.against is not None:
         compare_arms(config)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import tempfile
 from collections.abc import Iterator
@@ -69,7 +68,6 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(ExportConfig, argv, "python -m superclip.export", DESCRIPTION)
-    logging.getLogger().setLevel(logging.ERROR)
     folder, opening = export(config)
     print(f"written: {folder}\n\n{opening}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
@@ -30,9 +29,6 @@ def _train(config: TrainConfig[Any], stop: StopRequest) -> None:
     from superclip.training.loop import fit, remaining_batches
     from superclip.training.profile import profiled
 
-    logging.getLogger().setLevel(
-        logging.ERROR
-    )  # open_clip reports every construction on the root logger
     check_writable(config.out, "--out")
     if config.threads is not None:
         torch.set_num_threads(config.threads)

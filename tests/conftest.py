@@ -1,6 +1,5 @@
 """Fixtures shared by all tests."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -10,14 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _own_logging():
-    """Commands quiet the root logger; called within a test, they shall not quiet the next."""
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Comparing two checkpoints: likeness against loops and by hand, the null, and the command."""
 
 import json
-import logging
 import re
 from dataclasses import replace
 
@@ -252,7 +251,7 @@ def shifted(state):
 @pytest.fixture(scope="module")
 def runs(tiny_run, tmp_path_factory):
     """Checkpoints with their sweeps: one, the same with its heads in other places, and noisy."""
-    level, out = logging.getLogger().level, tmp_path_factory.mktemp("compare")
+    out = tmp_path_factory.mktemp("compare")
     source = tiny_run / "final_epoch.pt"
     yield {
         "one": variant(source, out / "one"),
@@ -261,7 +260,6 @@ def runs(tiny_run, tmp_path_factory):
         "seed": variant(source, out / "seed", noisy(1, 0.1), seed=1),
         "noisy seed": variant(source, out / "noisy-seed", noisy(2, 0.1), seed=1),
     }
-    logging.getLogger().setLevel(level)
 
 
 def compared(capsys, *words):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 from dataclasses import replace
 from functools import partial
 
@@ -325,12 +324,10 @@ def test_league_of_planted_maps():
 @pytest.fixture(scope="module")
 def swept(tiny_run, tmp_path_factory):
     """Folder of a sweep, and the words that every command needs to go on from it."""
-    level = logging.getLogger().level  # commands set it
     out = tmp_path_factory.mktemp("relevance") / "sweep"
     words = ["--ckpt", str(tiny_run / "final_epoch.pt"), "--draws", "99", "--threads", "1"]
     sweep([*words, "--num", "220", "--untrained", "0", "--out", str(out)])
     yield out, [*words, "--results", str(out)]
-    logging.getLogger().setLevel(level)
 
 
 def test_command_end_to_end(swept, capsys):
