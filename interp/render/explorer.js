@@ -132,7 +132,7 @@ if (explorer) {
       item.prepend(key);
       return item;
     }));
-    part("spread").textContent = `${sheet.name}: ${metric.name} on ${split}, layer by layer: every head a point, n = ${metric[split].n}; ` +
+    part("spread").textContent = `\u2068${sheet.name}\u2069: ${metric.name} on ${split}, layer by layer: every head a point, n = ${metric[split].n}; ` +
       "box and bar: middle half and median of a layer’s heads, described, not tested. Filled: significant on discovery. " +
       `Ring: champion.${levels.length ? " Lines: baselines on validation pictures." : " No baseline has this measure."}`;
     part("rows").replaceChildren(...lines.map(([layer, ...cells]) => {
