@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from interp.config import Kind, SweepConfig
 from interp.grounding import baselines, metrics
@@ -38,6 +37,7 @@ from superclip.errors import UserError
 from superclip.model.factory import build_clip
 from superclip.model.superclip import SuperCLIP
 from superclip.model.weights import state_sha256
+from superclip.progress import progress
 
 SALIENCY = {
     "mean colour distance": baselines.mean_colour_distance,
@@ -98,7 +98,7 @@ def collect(
     seen: set[bytes] = set()
     steps = -(-len(wanted) // config.batch_size)
     batches = read_batches(source, subject.preprocess, wanted, config.batch_size)
-    for pixels, records in tqdm(batches, total=steps, unit="batch", desc="sweep", disable=None):
+    for pixels, records in progress(batches, "sweep", steps, unit="batch"):
         fresh = []
         for position, (picture, record) in enumerate(zip(pixels, records)):
             if not _has_target(record, subject.preprocess):

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from open_clip import SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
-from tqdm import tqdm
 
 from interp.collect import Subject, read_batches
 from interp.config import OfSweep
@@ -36,6 +35,7 @@ from superclip.model.factory import tokenizer
 from superclip.model.superclip import SuperCLIP
 from superclip.model.weights import newest_checkpoint
 from superclip.ops.world import choose_device
+from superclip.progress import progress
 
 Images = Float[Tensor, "_ 3 height width"]
 
@@ -83,7 +83,7 @@ class Swept:
         """Normalised pictures on the device, in the order of `rows`, with a bar called `what`."""
         size = self.batch_size
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        yield from tqdm(self.pictures(chunks), what, len(chunks), unit="batch", disable=None)
+        yield from progress(self.pictures(chunks), what, len(chunks), unit="batch")
 
     def pictures(self, chunks: Iterable[Sequence[int]]) -> Iterator[Images]:
         """Normalised pictures on the device, one batch a list of rows."""
