@@ -99,6 +99,11 @@ def significant(findings: Findings) -> np.ndarray:
     return findings.verdict.discovery.p_adjusted <= ALPHA
 
 
+def stands_out(findings: Findings) -> bool:
+    """Whether the champion is among them."""
+    return bool(significant(findings)[findings.champion.layer, findings.champion.index])
+
+
 def untrained(findings: Findings) -> list[Baseline]:
     """Rows of the baseline table that are towers before training."""
     return [row for row in findings.baselines if row.kind == "untrained"]
@@ -148,21 +153,49 @@ def answer(results: SweepResults, findings: Findings) -> list[str]:
 
 
 def _champion(results: SweepResults, findings: Findings) -> str:
-    verdict, heads = findings.verdict, len(findings.heads)
+    """The verdict, what chose the head and what training adds to it, and the test of validation."""
+    verdict, head = findings.verdict, findings.champion
     excess, p = verdict.validation[0], float(verdict.p[0])
     smallest = 1 / (results.manifest["draws"] + 1)
-    least = " the smallest that the permutations can give," if p <= smallest * 1.0001 else ""
-    found = (
-        "Its attention covaries with where this picture's boxes are."
-        if p <= ALPHA
-        else "That is no evidence that its attention follows this picture's boxes."
+    least = ", the smallest that the permutations can give" if p <= smallest * 1.0001 else ""
+    towers = untrained(findings)
+    above = [row for row in towers if sign(row.difference) > 0]
+    if p > ALPHA:
+        found = "No evidence that the champion's attention follows this picture's boxes."
+    elif not stands_out(findings):
+        found = (
+            "Not established that a head's attention follows this picture's boxes: the champion "
+            "passes its own test, but not the one over all heads."
+        )
+    elif len(above) < len(towers):
+        found = (
+            "The champion's attention covaries with where this picture's boxes are, but training "
+            "is not shown to be why."
+        )
+    elif towers:
+        found = (
+            "The champion's attention covaries with where this picture's boxes are, more than that "
+            "of the best head of each untrained tower."
+        )
+    else:
+        found = (
+            "The champion's attention covaries with where this picture's boxes are; whether "
+            "training is why was not asked."
+        )
+    told = (
+        f"its excess lies above that of {count(len(above)) if above else 'none'} of "
+        f"{plural(len(towers), 'untrained tower')}"
+        if towers
+        else "no untrained tower was swept"
     )
+    best = p_value(findings.verdict.discovery.p_adjusted[head.layer, head.index])
     return (
-        f"The champion of {plural(heads, 'head')} is {findings.champion}, chosen on "
-        f"{plural(verdict.discovery.n, 'discovery picture')}. On "
-        f"{plural(excess.n, 'validation picture')} that took no part in the choice, the excess of "
-        f"its attention on the boxes over its own prior is {span(excess, 4)} (chance 0; "
-        f"p = {p_value(p)},{least} one-sided pairing permutation). {found}"
+        f"{found} The champion {head}, best of {plural(len(findings.heads), 'head')} on "
+        f"{plural(verdict.discovery.n, 'discovery picture')}, is "
+        f"{'' if stands_out(findings) else 'not '}significant there (max-T over all heads p = "
+        f"{best}); {told}. On {plural(excess.n, 'validation picture')} that took no part in the "
+        f"choice, its attention on the boxes exceeds its own prior by {span(excess, 4)} (chance 0; "
+        f"one-sided pairing permutation of this one head, p = {p_value(p)}{least})."
     )
 
 
@@ -183,15 +216,15 @@ def _training(findings: Findings) -> str:
     above = [row for row in rows if sign(row.difference) > 0]
     closest = min(rows, key=lambda row: row.difference.estimate)
     gap = (
-        f"the closest is {closest.name.removeprefix('untrained tower, ')}: difference "
+        f"the least difference, to {closest.name.removeprefix('untrained tower, ')}, is "
         f"{span(closest.difference, 4)}, paired by picture, n = {count(closest.difference.n)}"
     )
     towers = plural(len(rows), "untrained tower")
     if len(above) < len(rows):
         return (
-            f"Against {towers}, each with its own best head, the champion's excess is larger by "
-            f"the interval in {count(len(above))} ({gap}): the sweep does not show that training "
-            "made the head."
+            f"Against {towers}, each with its own best head, the interval of the difference lies "
+            f"above 0 for {count(len(above))} ({gap}): the sweep does not show that training made "
+            "the head."
         )
     enough = (
         "training made it so"
@@ -242,8 +275,8 @@ def _stability(findings: Findings) -> str:
         f"It ranks first in {percent(verdict.p_first[at])} and among the first five in "
         f"{percent(verdict.p_top[at])} of the resamples of discovery. Its excess there was "
         f"{number(float(verdict.discovery.mean[at]), 4)} (shrinkage "
-        f"{number(verdict.shrinkage, 4)}). {span(findings.class_mass)} of its attention stays on "
-        f"the class token, and {span(findings.sink_mass)} of the rest falls on sinks."
+        f"{number(verdict.shrinkage, 4)}). The class token keeps {span(findings.class_mass)} of "
+        f"its attention; of that to patches, {span(findings.sink_mass)} falls on sinks."
     )
 
 
@@ -273,6 +306,8 @@ def limits(
         )
     if findings.verdict.p[0] > ALPHA:
         found.append("That any head follows the boxes: the champion's test does not reject.")
+    if not stands_out(findings):
+        found.append("That the champion stands out among all heads: discovery does not show it.")
     if not towers or any(sign(row.difference) <= 0 for row in towers):
         found.append("That training made the champion: see the contrast with untrained towers.")
     elif len(towers) < TOWERS_NEEDED:

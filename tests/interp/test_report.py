@@ -8,12 +8,14 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from interp.analysis import analyse
 from interp.render import words
 from interp.render.explorer import explorer
 from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_sibling
+from interp.stats.intervals import Interval
 from superclip.errors import UserError
 from tests.conftest import refused
 from tests.interp.sweeps import small_sweep
@@ -203,8 +205,30 @@ def test_a_blind_tower_is_reported_as_null():
     findings = analyse(results)
     assert findings.verdict.p[0] > words.ALPHA
     said = " ".join(words.answer(results, findings))
-    assert "no evidence" in said and "covaries" not in said and "training made it so" not in said
+    assert "No evidence" in said and "covaries" not in said and "training made it so" not in said
     assert any("does not reject" in s for s in words.limits(results, findings, None, None))
+
+
+def test_the_first_sentence_claims_no_more_than_all_tests_together():
+    results = small_sweep()
+    findings = analyse(results)
+    said = words.answer(results, findings)[0]
+    assert said.startswith("The champion's attention covaries") and "each untrained tower" in said
+    assert "is significant there" in said and "above that of 2 of 2 untrained towers" in said
+    discovery = findings.verdict.discovery
+    lost = replace(discovery, p_adjusted=np.full_like(discovery.p_adjusted, 0.75))
+    missed = replace(findings, verdict=replace(findings.verdict, discovery=lost))
+    said = words.answer(results, missed)[0]
+    assert said.startswith("Not established") and "covaries" not in said
+    assert "is not significant there (max-T over all heads p = 0.75)" in said
+    assert any("stands out" in limit for limit in words.limits(results, missed, None, None))
+    flat = Interval(0.0, -0.1, 0.1, 28)
+    rows = [replace(row, difference=flat) for row in findings.baselines]
+    said = words.answer(results, replace(findings, baselines=tuple(rows)))[0]
+    assert "training is not shown to be why" in said and "none of 2 untrained towers" in said
+    fixed = tuple(row for row in findings.baselines if row.kind == "fixed")
+    said = words._champion(results, replace(findings, baselines=fixed))
+    assert "was not asked" in said and "no untrained tower was swept" in said
 
 
 def test_two_sweeps_share_a_page(run, tmp_path):
