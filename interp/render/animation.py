@@ -189,7 +189,7 @@ def training_frames(
             p = float(pairing_test(pairs, stratum, draws, seed).p.ravel()[0])
             told = (
                 f"in-box mass of this picture {number(mass(sweep, head, i))}",
-                f"validation excess {span(excess, 4)}",
+                f"validation excess {span(excess, 4)} (interval of this head alone), "
                 f"p = {p_value(p)} (this step alone), n = {count(excess.n)}",
             )
             panels.append(Panel(str(head), attention(sweep, head, i), told))
@@ -204,8 +204,13 @@ def gif(
     """An endless GIF of at most `largest` bytes, and its number of frames: where it would be
     larger, the last ones are left out.
 
-    All frames share one palette of 256 colours, so a colour means the same in each of them.
+    All frames share one palette of 256 colours, so a colour means the same in each of them; those
+    with fewer lines of words have more paper below.
     """
+    deepest = max(len(picture) for picture in pictures)
+    pictures = [
+        np.pad(p, ((0, deepest - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures
+    ]
     indices, palette = _one_palette(pictures)
     while True:
         encoded = iio.imwrite(

@@ -118,27 +118,30 @@ def head_row(findings: Findings, head: Head) -> dict[str, Any]:
     return next(row for row in findings.heads if row["head"] == str(head))
 
 
-def evidence(findings: Findings, head: Head) -> tuple[str, str]:
-    """Excess of a head on validation with its interval, and its p-value, as two short lines.
+def evidence(findings: Findings, head: Head) -> tuple[str, ...]:
+    """Excess of a head on validation, and its p-values, as short lines, each with its own n.
 
-    One of discovery's best five has its own interval and test on validation; for another head there
-    is the simultaneous band and the max-T p of discovery.
+    One of discovery's best five has an interval and a test of its own on validation; for another
+    head there is the band over all heads. Every head has the max-T p of discovery.
     """
-    verdict = findings.verdict
+    verdict, row = findings.verdict, head_row(findings, head)
+    chosen = (
+        f"discovery p = {p_value(row['discovery_p_adjusted'])} (max-T over all heads), "
+        f"n = {count(verdict.discovery.n)}"
+    )
     if head in verdict.top:
         k = verdict.top.index(head)
-        excess = span(verdict.validation[k], 4)
-        p, holm = p_value(verdict.p[k]), p_value(verdict.p_holm[k])
         return (
-            f"validation excess {excess}",
-            f"p = {p} (Holm {holm}), n = {count(verdict.validation[k].n)}",
+            f"validation excess {span(verdict.validation[k], 4)} (interval of this head alone), "
+            f"p = {p_value(verdict.p[k])} (Holm {p_value(verdict.p_holm[k])}), "
+            f"n = {count(verdict.validation[k].n)}",
+            chosen,
         )
-    row = head_row(findings, head)
     band = {name: row[f"validation_{name}"] for name in ("low", "high")}
     return (
-        f"validation excess {span(band | {'estimate': row['validation_excess']}, 4)} (band)",
-        f"discovery p = {p_value(row['discovery_p_adjusted'])} (max-T), "
-        f"n = {count(verdict.band.n)}",
+        f"validation excess {span(band | {'estimate': row['validation_excess']}, 4)} (band over "
+        f"all heads), n = {count(verdict.band.n)}",
+        chosen,
     )
 
 

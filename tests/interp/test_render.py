@@ -117,7 +117,7 @@ def test_animation_is_one_scale_equal_frames_and_small(results, findings):
         figure = animation.duel(results, findings, rival, i, norm)
         over = [m for axes in figure.axes for m in axes.images if m.get_cmap().name == gallery.MAP]
         assert [m.get_clim() for m in over] == [(0, norm.vmax)] * 2
-        said = " ".join(texts(figure))
+        said = " ".join(" ".join(texts(figure)).split())
         for k, head in enumerate((findings.champion, rival)):
             assert words.number(gallery.mass(results, head, i)) in said
             assert words.span(findings.verdict.validation[k], 4) in said
@@ -134,6 +134,9 @@ def test_animation_is_one_scale_equal_frames_and_small(results, findings):
     assert durations == {animation.MILLISECONDS} and len(colours) <= 256
     assert (255, 255, 255) in colours
     assert encoded == animation.gif(animation.frames(results, findings, rival))[0]
+    lower = animation.gif([frames[0][:-20], *frames[1:]])[0]  # fewer lines of words
+    with Image.open(io.BytesIO(lower)) as moving:
+        assert moving.n_frames == 3 and moving.size == frames[1].shape[1::-1]
     shorter, left = animation.gif(frames, len(encoded) - 1)
     assert left < 3 and len(shorter) < len(encoded)
 
@@ -156,6 +159,11 @@ def test_a_head_outside_the_finalists_is_given_its_band(findings):
     row = words.head_row(findings, outside)
     assert words.number(row["validation_low"], 4) in excess and "band" in excess
     assert words.p_value(row["discovery_p_adjusted"]) in p and "discovery" in p
+    chosen, judged = (int(n) for n in (findings.verdict.discovery.n, findings.verdict.band.n))
+    assert chosen != judged and p.endswith(f"n = {chosen}") and excess.endswith(f"n = {judged}")
+    own, also = words.evidence(findings, findings.champion)
+    assert "this head alone" in own and own.endswith(f"n = {judged}")
+    assert also.startswith("discovery p") and also.endswith(f"n = {chosen}")
 
 
 def test_themes_differ_in_paper_and_repeat_byte_for_byte(results, findings):
