@@ -45,7 +45,7 @@ def explorer(
         baselines (kind, name, value on validation); `facts`, lines of words by head; `baselines`,
         lines of words; `kept`, how many pictures the sweep kept, and of them `pictures`, those that
         fit, with boxes as shares of the side; `maps`, the attention of every head on them in 255ths
-        of the head's `largest`.
+        of the head's `tops`, the last colour of its scale in the gallery too.
     """
     layers, heads = results.shape
     every = [Head(layer, index) for layer in range(layers) for index in range(heads)]
@@ -59,8 +59,9 @@ def explorer(
             break
         pictures.append(picture)
     maps = results.maps[results.gallery_rows[: len(pictures)]].astype(np.float64)
-    largest = maps.max(axis=(0, 3), initial=0)
-    scaled = maps / np.where(largest > 0, largest, 1)[None, ..., None]
+    tops = np.array([gallery.scale(results, [h]).vmax if pictures else 1.0 for h in every])
+    tops = tops.reshape(results.shape)
+    scaled = np.minimum(maps / np.where(tops > 0, tops, 1)[None, ..., None], 1)
     return {
         "name": subject(results),
         "layers": layers,
@@ -73,7 +74,7 @@ def explorer(
         "baselines": _baselines(findings),
         "kept": len(results.gallery_rows),
         "pictures": pictures,
-        "largest": largest.round(PLACES).tolist(),
+        "tops": tops.round(PLACES).tolist(),
         "maps": base64.b64encode(np.rint(255 * scaled).astype(np.uint8).tobytes()).decode(),
     }
 

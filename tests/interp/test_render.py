@@ -73,8 +73,11 @@ def test_gallery_has_one_colour_scale_and_the_data(results, findings):
     head = findings.champion
     figure = gallery.gallery(results, head)
     over = [i for axes in figure.axes for i in axes.images if i.get_cmap().name == gallery.MAP]
-    largest = results.maps[:3, head.layer, head.index].astype(float).max()
-    assert len(over) == 3 and {i.get_clim() for i in over} == {(0, largest)}
+    largest = results.maps[:3, head.layer, head.index].astype(float).max(axis=1)
+    top = sorted(largest)[1]
+    assert len(over) == 3 and {i.get_clim() for i in over} == {(0, top)}
+    bars = [axes for axes in figure.axes if not axes.images and axes.get_xticklabels()]
+    assert [t.get_text() for t in bars[0].get_xticklabels()] == ["0", "", f"≥ {words.number(top)}"]
     for i, image in enumerate(over):
         shown = np.asarray(image.get_array())
         expected = results.maps[i, head.layer, head.index].reshape(SIDE, SIDE)
@@ -84,7 +87,7 @@ def test_gallery_has_one_colour_scale_and_the_data(results, findings):
     masses = results.metrics["in_box_mass"][:3, head.layer, head.index]
     for mass in masses:
         assert any(f"in-box mass {words.number(mass)}" in text for text in texts(figure))
-    assert words.number(largest) in gallery.caption(results, head)
+    assert f"0 to ≥ {words.number(top)} of" in gallery.caption(results, head)
     assert any(
         "validation, picture-003" in t for t in texts(gallery.gallery(small_sweep(0, 4), head))
     )
@@ -112,7 +115,8 @@ def test_animation_is_one_scale_equal_frames_and_small(results, findings):
     assert rival == findings.verdict.top[1]
     norm = gallery.scale(results, [findings.champion, rival])
     heads = [(h.layer, h.index) for h in (findings.champion, rival)]
-    assert norm.vmax == max(results.maps[:3, *head].max() for head in heads)
+    largest = [float(results.maps[i, *head].max()) for head in heads for i in range(3)]
+    assert norm.vmax == pytest.approx(np.median(largest)) and norm(1.0) == 1
     for i in range(3):
         figure = animation.duel(results, findings, rival, i, norm)
         over = [m for axes in figure.axes for m in axes.images if m.get_cmap().name == gallery.MAP]

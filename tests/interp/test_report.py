@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from interp.analysis import analyse
-from interp.render import words
+from interp.heads import Head
+from interp.render import gallery, words
 from interp.render.explorer import explorer
 from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_sibling
 from interp.stats.intervals import Interval
@@ -186,6 +187,11 @@ def test_pictures_that_would_make_the_page_too_large_are_left_out_of_the_explore
     whole, cut = (explorer(results, findings, None, size) for size in (100_000, 3_000))
     assert whole["kept"] == cut["kept"] == len(whole["pictures"]) > len(cut["pictures"]) > 0
     heads, patches = len(findings.heads), results.maps.shape[-1]
+    top = np.median(results.maps[:3, 1, 2].astype(float).max(axis=1))  # as in the gallery
+    assert whole["tops"][1][2] == pytest.approx(top) == gallery.scale(results, [Head(1, 2)]).vmax
+    shown = np.frombuffer(base64.b64decode(whole["maps"]), np.uint8).reshape(results.maps[:3].shape)
+    expected = 255 * np.minimum(results.maps[:3, 1, 2].astype(float) / top, 1)
+    np.testing.assert_array_equal(shown[:, 1, 2], np.rint(expected))
     assert len(base64.b64decode(cut["maps"])) == len(cut["pictures"]) * heads * patches
 
 
