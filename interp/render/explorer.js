@@ -25,7 +25,7 @@ if (explorer) {
   const values = () => metric[split].estimate;
   const interval = (l, h) => {
     const {estimate, low, high} = metric.validation, d = metric.digits;
-    return `${number(estimate[l][h], d)} [${number(low[l][h], d)}, ${number(high[l][h], d)}]`;
+    return `${number(estimate[l][h], d)} [${number(low[l][h], d)}, ${number(high[l][h], d)}] (${metric.validation.brackets})`;
   };
 
   const describe = (name) => {

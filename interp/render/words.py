@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from interp.analysis import Baseline, Findings
+from interp.causal.said import agreement_said, champion_said, sets_said
 from interp.heads import Head
 from interp.results import SweepResults
 from interp.stats.intervals import Interval
@@ -284,8 +286,13 @@ def _stability(findings: Findings) -> str:
 
 
 def removal(ablation: dict[str, Any]) -> list[str]:
-    """What removing the champion did, one sentence a kind of ablation."""
-    return [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in ablation["sentences"]]
+    """What removing the champion did: what the kinds of ablation agree on, each of them, and the
+    best heads together."""
+    rows, champion = ablation["units"], ablation["champion"]
+    told = [agreement_said(rows, champion), *champion_said(rows, champion)]
+    told.append(sets_said(ablation["sets"]) if ablation["sets"] else None)
+    shown = [sentence for sentence in told if sentence]
+    return [re.sub(r"(?<![\w.)])-(?=\d)", "−", f"{s[:1].upper()}{s[1:]}.") for s in shown]
 
 
 def limits(

@@ -74,6 +74,8 @@ def ablation(results, **changes):
         "p_adjusted": 0.002,
         "rank": 1,
         "of": 2,
+        "layer_rank": 1,
+        "layer_of": 1,
         "measures": {"i2t@1": interval(-0.02)},
     }
     manifest = results.manifest
@@ -85,7 +87,7 @@ def ablation(results, **changes):
         "estimates": {},
         "intact": {"margin": interval(0.3), "i2t@1": interval(0.5)},
         "units": [head],
-        "sentences": ["mean ablation of the champion L1H2: it matters"],
+        "champion": "L1H2",
         "sets": None,
     } | changes
 
@@ -146,7 +148,7 @@ def test_every_number_is_the_findings(plain, run):
     for row in findings.baselines:
         assert row.name in plain and words.span(row.difference, 4) in plain
     assert "12.3 [10.0, 20.0]" in plain and "−0.0567 [−0.0667, −0.0467]" in plain
-    assert "Mean ablation of the champion L1H2: it matters." in plain and "1 of 2" in plain
+    assert "removing it costs margin (rank 1 of 2 removed heads by loss of margin)" in plain
 
 
 def test_nothing_is_fetched(text):
