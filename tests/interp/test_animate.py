@@ -96,7 +96,9 @@ def test_training_shares_one_scale_over_checkpoints(results):
     [
         ("--what layers --image nope", "is none that the sweep kept"),
         ("--what layer --layer 7", "layers 0 to 1"),
-        ("--challenger L9H9", "heads are L0H0 to L1H2"),
+        ("--challenger L9H9", "--challenger L9H9: the tower's heads are L0H0 to L1H2"),
+        ("--challenger x", "--challenger: 'x' is not a head"),
+        ("--what sheets --head L9H1", "--head L9H1: the tower's heads are L0H0 to L1H2"),
         ("--what training --head x", "checkpoint.s. are swept, two are needed"),
         ("--head L0H0", "--head goes with --what training or sheets"),
         ("--largest 0", "--largest 0 must lie in"),

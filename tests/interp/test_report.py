@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from interp.analysis import analyse
 from interp.heads import Head
 from interp.render import gallery, words
 from interp.render.explorer import explorer
-from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_sibling
+from interp.report import build, checkpoint_of, folder_of, main, newest_sweep, pages, read_sibling
 from interp.stats.intervals import Interval
 from superclip.errors import UserError
 from tests.conftest import refused
@@ -272,16 +273,17 @@ def test_the_checkpoint_is_known_by_its_hash(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images_sha256": "f" * 64}, "images_sha256"),
-        ({"checkpoint_sha256": "f" * 64}, "checkpoint_sha256"),
-        ({"schema": 1}, "schema"),
+        ({"images_sha256": "f" * 64}, "is of other pictures .*--num.* than this sweep"),
+        ({"checkpoint_sha256": "f" * 64}, "is of another checkpoint than this sweep"),
+        ({"schema": 1}, "is of another schema"),
     ],
 )
 def test_foreign_ablation_is_refused(tmp_path, change, message):
     results = small_sweep()
     (tmp_path / "ablation.json").write_text(json.dumps(ablation(results, **change)))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as told:
         read_sibling(tmp_path, results, "ablation")
+    assert "ffff" not in str(told.value) and "interp.ablate --overwrite" in str(told.value)
 
 
 def test_evaluation_of_another_checkpoint_is_left_out(tmp_path):
@@ -306,6 +308,23 @@ def test_newest_sweep_is_found(tmp_path):
         newest_sweep(tmp_path)
     small_sweep().save(tmp_path / "a" / "sweep")
     assert newest_sweep(tmp_path) == tmp_path / "a" / "sweep"
+
+
+def test_files_of_a_sweep_stand_for_its_folder(tmp_path):
+    folder = tmp_path / "run" / "sweep"
+    checkpoint = tmp_path / "run" / "final_epoch.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"is a checkpoint; run python -m interp.sweep --ckpt"):
+        folder_of(checkpoint)
+    small_sweep().save(folder)
+    assert folder_of(folder) == folder_of(folder / "results.json") == folder
+    with pytest.raises(UserError, match=f"is a checkpoint; give the folder of its sweep, {folder}"):
+        main([str(checkpoint)])
+    with pytest.raises(UserError, match="give the folder of a sweep"):
+        folder_of(Path(__file__))
+    with pytest.raises(UserError, match="--challenger: 'x' is not a head"):
+        main([str(folder / "results.json"), "--challenger", "x"])
 
 
 def test_bad_folders_end_in_one_line(tmp_path):
