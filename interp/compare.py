@@ -139,9 +139,9 @@ def _heads(rows: Rows) -> list[str]:
         *left,
         "r: correlation of the maps; JSD: divergence in bits, 0 equal, 1 apart; JSD other: of a "
         "head's own maps of two pictures",
-        "of a stratum; moved: JSD from the maps at the run's own start, first and second; brackets: "
-        "95 % bands over",
-        "the heads; p: sign flips over pictures, max-T over the heads",
+        "of a stratum; moved: JSD from the maps at the run's own start, first and second; "
+        "brackets: 95 % bands",
+        "over the heads; p: sign flips over pictures, max-T over the heads",
         "",
         "change of margin without the head, ablated minus intact:",
     ]

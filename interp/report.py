@@ -216,18 +216,21 @@ def read_sibling(folder: Path, results: SweepResults, name: str) -> dict[str, An
         return None
     manifest, command = results.manifest, f"python -m interp.{COMMANDS.get(name, name)}"
     for what, mine, its in (
-        ("of another schema", SIBLINGS[name], found.get("schema")),
-        ("of another checkpoint", manifest["checkpoint"]["sha256"], found.get("checkpoint_sha256")),
+        ("of another schema than this version reads", SIBLINGS[name], found.get("schema")),
         (
-            "of other pictures (those of a sweep with another --num, --data or --split?)",
+            "of another checkpoint than this sweep",
+            manifest["checkpoint"]["sha256"],
+            found.get("checkpoint_sha256"),
+        ),
+        (
+            "of other pictures than this sweep (another --num, --data or --split?)",
             manifest["images_sha256"],
             found.get("images_sha256"),
         ),
     ):
         if mine != its:
             raise UserError(
-                f"{path} is {what} than this sweep; run {command} --overwrite for this one, or "
-                "move the file away"
+                f"{path} is {what}; run {command} --overwrite for this sweep, or move the file away"
             )
     return found
 

@@ -273,7 +273,7 @@ def test_the_checkpoint_is_known_by_its_hash(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images_sha256": "f" * 64}, "is of other pictures .*--num.* than this sweep"),
+        ({"images_sha256": "f" * 64}, r"is of other pictures than this sweep \(another --num"),
         ({"checkpoint_sha256": "f" * 64}, "is of another checkpoint than this sweep"),
         ({"schema": 1}, "is of another schema"),
     ],
@@ -323,6 +323,8 @@ def test_files_of_a_sweep_stand_for_its_folder(tmp_path):
         main([str(checkpoint)])
     with pytest.raises(UserError, match="give the folder of a sweep"):
         folder_of(Path(__file__))
+    with pytest.raises(UserError, match=r"there is no .*nope; give the folder of a sweep"):
+        folder_of(tmp_path / "nope")
     with pytest.raises(UserError, match="--challenger: 'x' is not a head"):
         main([str(folder / "results.json"), "--challenger", "x"])
 
