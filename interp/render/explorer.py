@@ -206,7 +206,7 @@ def _facts(
         k = verdict.top.index(head)
         own = f"{span(verdict.validation[k], 4)}; p {p_value(verdict.p[k])}"
         told = f"{own}, Holm {p_value(verdict.p_holm[k])} (interval and test of this head alone)"
-        facts.append(["the same, one of five finalists", told])
+        facts.append(["excess, validation, alone", told])
     facts += [
         ["in-box mass", f"{number(row['in_box_mass'])} (uniform {number(findings.area.estimate)})"],
         ["patch AUROC", f"{number(row['patch_auroc'])} (chance 0.5)"],
@@ -217,9 +217,11 @@ def _facts(
     ]
     for unit in [] if ablation is None else ablation["units"]:
         if unit["unit"] == str(head):
-            told = f"{span(unit['margin'], 4)}; adjusted p {p_value(unit['p_adjusted'])}"
             place = f"rank {unit['rank']} of {unit['of']} removed heads by loss of margin"
-            told = f"{place}: {told} (band over all removed heads)"
+            told = (
+                f"{place}: {span(unit['margin'], 4)} (band over all removed heads), adjusted p "
+                f"{p_value(unit['p_adjusted'])}"
+            )
             facts.append([f"margin, {unit['kind']} ablation", told])
     for kind, estimates in ({} if ablation is None else ablation["estimates"]).items():
         if str(head) in estimates.get("heads", {}):
