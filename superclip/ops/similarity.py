@@ -19,7 +19,7 @@ def info_nce(
     Each rank scores its own rows against everybody's; averaging the ranks' gradients gives exactly
     the gradient of one process on the whole batch. Similarities are computed in at least fp32.
     """
-    image_features, text_features = _at_least_fp32(image_features), _at_least_fp32(text_features)
+    image_features, text_features = at_least_fp32(image_features), at_least_fp32(text_features)
     targets = torch.arange(len(image_features), device=image_features.device) + world.rank * len(
         image_features
     )
@@ -28,5 +28,6 @@ def info_nce(
     return (F.cross_entropy(to_text, targets) + F.cross_entropy(to_image, targets)) / 2
 
 
-def _at_least_fp32(features: Tensor) -> Tensor:
+def at_least_fp32(features: Tensor) -> Tensor:
+    """Half precision is too coarse to be divided by a temperature of 0.01."""
     return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
