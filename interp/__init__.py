@@ -5,9 +5,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp.api import ablate, circuit, course, lens, load, patch, relevance, sweep
+    from interp.api import ablate, circuit, compare, course, lens, load, patch, relevance, sweep
 
-__all__ = ["ablate", "circuit", "course", "lens", "load", "patch", "relevance", "sweep"]
+__all__ = ["ablate", "circuit", "compare", "course", "lens", "load", "patch", "relevance", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

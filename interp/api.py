@@ -9,7 +9,7 @@ seconds and swept as in that of `sweep`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 
 from interp import removal, swept, timeline
 from interp.analysis import Findings, analyse
+from interp.compare import compare_one
 from interp.config import (
     PAIRS,
     AblateConfig,
     CircuitConfig,
+    CompareConfig,
     LensConfig,
     OfSweep,
     PatchConfig,
@@ -42,6 +44,7 @@ from superclip.errors import UserError, nearest
 from superclip.model.weights import newest_checkpoint
 
 Config = TypeVar("Config", bound=SweepConfig | OfSweep)
+Paths = Path | str | Sequence[Path | str]
 FIGURES = {"patch": "patching.figure", "lens": "lens.lens_figure", "circuit": "circuit.draw"}
 FIGURES |= {"timeline": "course.figure"}
 
@@ -187,12 +190,29 @@ def circuit(ckpt: Path | str | None = None, **options: Any) -> Report:
     return _report("circuit", "circuit.json", _config(CircuitConfig, ckpt, options))
 
 
+def compare(first: Paths, second: Paths, **options: Any) -> Report:
+    """What does one checkpoint look at and depend on, and another not? `interp.compare` of two
+    swept checkpoints, or of two lists of them, a seed each.
+
+    >>> compare(ckpt, [])
+    Traceback (most recent call last):
+    superclip.errors.UserError: the second side names no checkpoint
+    """
+    sides = [[Path(p) for p in ([s] if isinstance(s, str | Path) else s)] for s in (first, second)]
+    for name, side in zip(("first", "second"), sides):
+        if not side:
+            raise UserError(f"the {name} side names no checkpoint")
+    options["also"] = [Path(path) for path in options.get("also", ())]
+    options |= {"ckpts": sides[0], "against": sides[1]}
+    return Report("compare", compare_one(_config(CompareConfig, None, options))[0])
+
+
 def _config(cls: type[Config], ckpt: Path | str | None, options: Mapping[str, Any]) -> Config:
     """The command's own configuration; texts may stand for paths, lists for tuples."""
     given, known = dict(options), [f.name for f in fields(cls)]
     if unknown := sorted(set(given) - set(known)):
         raise UserError(f"unknown option {unknown[0]}; {nearest(unknown[0], known)}")
-    if ckpt is None and given.get("model") is None:
+    if ckpt is None and cls is not CompareConfig and given.get("model") is None:
         ckpt = newest_checkpoint(Path("logs"))
     given |= {name: Path(given[name]) for name in ("root", "results", "out") if given.get(name)}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from interp.config import CompareConfig
@@ -39,17 +40,27 @@ def main(argv: list[str]) -> None:
     hidden = ("Hidden", "Positional")
     known = [f.name for f in fields(CompareConfig) if not str(f.type).startswith(hidden)]
     config = parse(CompareConfig, argv, "python -m interp.compare", DESCRIPTION, known=known)
+    report, path = compare_one(config)
+    print(render(report))
+    print(f"\nwritten: {path}")
+
+
+def compare_one(config: CompareConfig) -> tuple[dict[str, Any], Path]:
+    """Compare and write; returns the report and its file.
+
+    Raises:
+        UserError: see `open_sides` and `claim`.
+    """
     from interp.comparison import compare, open_sides
     from interp.swept import claim, write_report
 
     sides = open_sides(config)
-    shas = [[s.facts["sha256"] for s in side] for side in sides]
+    shas = [[tower.facts["sha256"] for tower in side] for side in sides]
     tag = hashlib.sha256(json.dumps([shas, config.seed, config.draws]).encode()).hexdigest()[:8]
     path = claim(replace(config, results=sides[0][0].folder), f"compare-{tag}.json")
     report = compare(*sides, config)
     write_report(path, report)
-    print(render(report))
-    print(f"\nwritten: {path}")
+    return report, path
 
 
 def render(report: dict[str, Any]) -> str:

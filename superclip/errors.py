@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -100,6 +101,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a class name in a script the terminal lacks
             stream.reconfigure(errors="backslashreplace")
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     sys.stdout = steady = cast(Any, _Steady(sys.stdout))
     try:
         main(sys.argv[1:])

@@ -34,10 +34,10 @@ def command(*words: str, threads: int = 1, cwd: Path = ROOT) -> subprocess.Compl
 
 
 def refused(*words: str, cwd: Path = ROOT) -> str:
-    """The one line on stderr of a command that must fail with status 2 and no traceback."""
+    """The one line on stderr, after any warnings, of a command that must fail with status 2."""
     done = command(*words, cwd=cwd)
     assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
 

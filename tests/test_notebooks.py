@@ -93,6 +93,7 @@ def test_sweep_and_statistics(tmp_path, monkeypatch):
 
 def test_superclip_beside_clip(tmp_path, monkeypatch):
     ran = Ran("04", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
+    assert "heads matched by" in ran.text
     assert ran.pictures == 2 and ran.text.count("The champion of 16 heads is") == 2
     assert "descriptive" in ran.text and "retrieval" in ran.text
     (report,) = (ran.logs / "arms/superclip").glob("compare_*.json")
