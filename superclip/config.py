@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from superclip.errors import UserError, nearest
 
@@ -47,13 +47,32 @@ def check_seed(flag: str, seed: int | None) -> None:
         raise UserError(f"{flag} {seed} must lie in 0..2^63 - 1")
 
 
+Temperature = Literal["learnable", "constant", "individual"]
+
+
 @dataclass(frozen=True)
-class ClipOptions:
+class LossOptions:
+    """What every loss says of itself beside its options.
+
+    Attributes:
+        temperature: learnable (the model's logit scale), constant, or individual (the loss keeps
+            one of each sample, and the logit scale stays where it begins).
+        init_scale: the logit scale that its paper begins with.
+        lr_tau: learning rate of individual temperatures.
+    """
+
+    temperature: ClassVar[Temperature] = "learnable"
+    init_scale: ClassVar[float] = 1 / 0.07
+    lr_tau: ClassVar[float] = 0.0
+
+
+@dataclass(frozen=True)
+class ClipOptions(LossOptions):
     """Options of `--loss clip`: none."""
 
 
 @dataclass(frozen=True)
-class SuperClipOptions:
+class SuperClipOptions(LossOptions):
     """Options of `--loss superclip` (Zhao et al., NeurIPS 2025)."""
 
     token_loss: Literal["idf", "bce"] = "idf"
@@ -78,8 +97,184 @@ class SuperClipOptions:
             )
 
 
-LossOptions = ClipOptions | SuperClipOptions
-LOSS_OPTIONS: dict[str, type[LossOptions]] = {"clip": ClipOptions, "superclip": SuperClipOptions}
+def _within(options: Any, low: float, high: float, *names: str) -> None:
+    """Raises UserError for what lies outside (low, high]."""
+    for name in names:
+        if not low < getattr(options, name) <= high:
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UserError(f"{flag} must lie in ({low:g}, {high:g}]")
+
+
+@dataclass(frozen=True)
+class TableOptions(LossOptions):
+    """Options of every loss that keeps a normaliser of each picture and each caption."""
+
+    loss_state_device: Literal["device", "host"] = free("device")
+    """Where the table lies: 4 bytes a number and sample on the device, or in main memory."""
+    communication: Literal["reduction", "gather"] = free("reduction")
+    """reduction: features are gathered without gradient, and a few numbers a sample (FastCLIP).
+    gather: the differentiable gather, as in open_clip. Equal gradients."""
+
+
+@dataclass(frozen=True)
+class SogClrOptions(TableOptions):
+    """Options of `--loss sogclr` (Yuan et al., ICML 2022)."""
+
+    temperature: ClassVar[Temperature] = "constant"
+    init_scale: ClassVar[float] = 100.0
+    gamma: float = 0.8
+    """Weight of this batch's normaliser in the moving average."""
+    normalizer_eps: float = 1e-10
+    """Added to the normaliser."""
+    include_positive: bool = False
+    """Count the positive among the negatives, as the released code does."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "gamma")
+        _within(self, 0, 1, "normalizer_eps")
+
+
+@dataclass(frozen=True)
+class RobustOptions(TableOptions):
+    """Options of the losses that keep a temperature of each picture and each caption."""
+
+    temperature: ClassVar[Temperature] = "individual"
+    rho: float = 8.0
+    """How far a sample's temperature may stay from the least one: the radius of the robust
+    objective."""
+    tau_range: tuple[float, float] = (0.005, 1.0)
+    """Least and largest temperature of a sample."""
+    normalizer_eps: float = 1e-10
+    """Added to the normaliser: it bounds the weight of easy samples."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "normalizer_eps")
+        _check_rho(self.rho)
+        low, high = self.tau_range
+        if not 0 < low < high <= 10:
+            raise UserError(f"--tau-range {low} {high} must satisfy 0 < least < largest <= 10")
+
+
+def _check_rho(rho: float) -> None:
+    if not 0 <= rho < math.inf:
+        raise UserError(f"--rho {rho} must not be negative")
+
+
+@dataclass(frozen=True)
+class ISogClrOptions(RobustOptions):
+    """Options of `--loss isogclr` (Qiu et al., ICML 2023)."""
+
+    init_scale: ClassVar[float] = 100.0
+    lr_tau: ClassVar[float] = 0.03
+    gamma: float = 0.8
+    """Weight of this batch's normaliser in the moving average."""
+    tau_momentum: float = 0.9
+    """Weight of the new gradient in the temperature's step (the paper's beta)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within(self, 0, 1, "gamma", "tau_momentum")
+
+
+@dataclass(frozen=True)
+class FallingGamma:
+    """The weight of this batch's normaliser falls from 1, epoch by epoch (FastCLIP)."""
+
+    gamma: float = 0.2
+    """Least weight of this batch's normaliser in the moving average; 1 in the first epoch."""
+    gamma_schedule: Literal["cosine", "constant"] = "cosine"
+    """How the weight falls from 1: along half a cosine, or at once after the first epoch."""
+    gamma_decay_epochs: int | None = None
+    """Epochs until it is least. Default: half of the run's."""
+
+    def check_gamma(self) -> None:
+        """Raises UserError for what is no weight."""
+        _within(self, 0, 1, "gamma")
+        _at_least_one(self, "gamma_decay_epochs")
+
+    def gamma_at(self, epoch: int, epochs: int) -> float:
+        """The weight in an epoch counted from 0.
+
+        >>> [round(FallingGamma(0.2).gamma_at(e, 8), 3) for e in range(6)]
+        [1.0, 0.883, 0.6, 0.317, 0.2, 0.2]
+        """
+        fall = self.gamma_decay_epochs or max(1, epochs // 2)
+        if epoch == 0:
+            return 1.0
+        if epoch >= fall or self.gamma_schedule == "constant":
+            return self.gamma
+        return self.gamma + 0.5 * (1 - self.gamma) * (1 + math.cos(math.pi * epoch / fall))
+
+
+@dataclass(frozen=True)
+class FastClipOptions(FallingGamma, TableOptions):
+    """Options of `--loss fastclip-v0`, `-v1` and `-v3` (Wei et al. 2024)."""
+
+    normalizer_eps: float = 1e-14
+    """Added to the normaliser: it bounds the weight of easy samples (1e-6 in LAION400M's runs)."""
+
+    def __post_init__(self) -> None:
+        self.check_gamma()
+        _within(self, 0, 1, "normalizer_eps")
+
+
+@dataclass(frozen=True)
+class FastClipV0Options(FastClipOptions):
+    """Options of `--loss fastclip-v0`: one learnable temperature, no factor before the log."""
+
+    published_tau_gradient: bool = False
+    """Weigh the temperature's gradient through the normaliser twice, as the released code does."""
+
+
+@dataclass(frozen=True)
+class FastClipV1Options(FastClipOptions):
+    """Options of `--loss fastclip-v1`: SogCLR with the falling weight."""
+
+    temperature: ClassVar[Temperature] = "constant"
+
+
+@dataclass(frozen=True)
+class FastClipV2Options(FallingGamma, RobustOptions):
+    """Options of `--loss fastclip-v2`: iSogCLR with the falling weight and Adam's steps."""
+
+    init_scale: ClassVar[float] = 1 / 0.03
+    lr_tau: ClassVar[float] = 0.0133
+    rho: float = 7.0
+    """How far a sample's temperature may stay from the least one."""
+    tau_range: tuple[float, float] = (0.01, 1.0)
+    """Least and largest temperature of a sample."""
+    normalizer_eps: float = 1e-14
+    """Added to the normaliser: it bounds the weight of easy samples."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_gamma()
+
+
+@dataclass(frozen=True)
+class FastClipV3Options(FastClipOptions):
+    """Options of `--loss fastclip-v3`: the robust objective with one learnable temperature."""
+
+    rho: float = 6.5
+    """How far the temperature may stay from the least one (8.5 on CC12M, 16 on LAION400M)."""
+    published_tau_gradient: bool = False
+    """Weigh the temperature's gradient through the normaliser twice, as the released code does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rho(self.rho)
+
+
+LOSS_OPTIONS: dict[str, type[LossOptions]] = {
+    "clip": ClipOptions,
+    "superclip": SuperClipOptions,
+    "sogclr": SogClrOptions,
+    "isogclr": ISogClrOptions,
+    "fastclip-v0": FastClipV0Options,
+    "fastclip-v1": FastClipV1Options,
+    "fastclip-v2": FastClipV2Options,
+    "fastclip-v3": FastClipV3Options,
+}
 
 Options = TypeVar("Options", bound=LossOptions)
 
@@ -91,15 +286,16 @@ class ModelConfig:
     file."""
     pretrained: str | None = None
     """An open_clip tag (openai, laion2b_s34b_b79k, ...) or a local file of open_clip weights."""
-    init_scale: float = 1 / 0.07
-    """Initial scale of the logits (1 / temperature); ignored with --pretrained."""
+    init_scale: float | None = None
+    """Initial scale of the logits (1 / temperature). Default: that of the loss's paper, or of
+    --pretrained."""
     grad_checkpointing: bool = free(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = free(False)
     """torch.compile the two towers, each as one graph."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.init_scale <= 100:
+        if self.init_scale is not None and not 0 < self.init_scale <= 100:
             raise UserError(f"--init-scale {self.init_scale} must lie in (0, 100]")
 
 
@@ -174,6 +370,8 @@ class OptimConfig:
     global_batch_size: int | None = None
     """Pairs per optimizer step over all processes; kept when their number changes, and with it the
     run. Default: batch size x micro-steps x processes."""
+    optimizer: Literal["adamw", "adam", "sgd", "lamb", "lion"] = "adamw"
+    """adamw, adam, sgd: torch's; lamb, lion: timm's."""
     lr: float | None = None
     """Peak learning rate. Default: 5e-4 from scratch, 5e-5 from pretrained weights. Tune it per
     loss."""
@@ -182,8 +380,20 @@ class OptimConfig:
     eps: float = 1e-6
     wd: float = 0.1
     """Decoupled weight decay; never on norms, biases, other 1-D parameters or the logit scale."""
+    momentum: float = 0.9
+    """Of --optimizer sgd."""
+    nesterov: bool = False
+    """Of --optimizer sgd."""
     warmup: int = 50
-    """Steps of linear warm-up before the cosine decay to 0."""
+    """Steps of linear warm-up before the cosine decay to --lr-min."""
+    lr_min: float = 0.0
+    """Learning rate at the end of the run."""
+    lr_tau: float | None = None
+    """Learning rate of the temperature. Default: --lr; of a loss that keeps one of each sample,
+    its paper's (.0133 fastclip-v2, .03 isogclr)."""
+    lr_tau_schedule: Literal["cosine", "const", "step_thresh"] = "cosine"
+    """Of the logit scale: as --lr, constant, or a third of it once the temperature is at most .03
+    (FastCLIP)."""
     grad_clip_norm: float | None = 1.0
     """Largest gradient norm, of the two towers and of the token head each by itself."""
 
@@ -193,7 +403,16 @@ class OptimConfig:
             raise UserError(f"--lr {self.lr} must be above 0")
         if self.lr == math.inf:
             raise UserError("--lr inf is no learning rate")
-        for name in ("beta1", "beta2"):
+        if self.lr_tau is not None and not 0 <= self.lr_tau < math.inf:
+            raise UserError(f"--lr-tau {self.lr_tau} must not be negative")
+        if not 0 <= self.lr_min < math.inf:
+            raise UserError(f"--lr-min {self.lr_min} must not be negative")
+        if self.optimizer != "sgd" and (self.nesterov or self.momentum != 0.9):
+            raise UserError(
+                f"--momentum and --nesterov belong to --optimizer sgd, not {self.optimizer}; of "
+                "the others --beta1 is the momentum"
+            )
+        for name in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
         if not self.eps > 0 or not self.wd >= 0:
@@ -236,7 +455,7 @@ class TrainConfig(Generic[Options]):
 
     options: Options
     loss: str = "superclip"
-    """clip, superclip: see --loss NAME --help for its options."""
+    """clip, superclip, sogclr, fastclip-v3, ...: --loss NAME --help shows its options."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -290,6 +509,7 @@ class TrainConfig(Generic[Options]):
             raise UserError(
                 f"--loss {self.loss} takes {expected.__name__}, not {type(self.options).__name__}"
             )
+        self._check_tau()
         _at_least_one(self, "log_every", "save_frequency", "threads", "save_every", "keep_last")
         _at_least_one(self, "eval_every")
         _at_least_one(self, "log_grad_share", "profile")
@@ -299,6 +519,23 @@ class TrainConfig(Generic[Options]):
         if unknown := sorted(set(self.trackers) - {"tensorboard", "wandb"}):
             raise UserError(f"--track {unknown[0]!r} is unknown; use tensorboard, wandb or both")
         check_seed("--seed", self.seed)
+
+    def _check_tau(self) -> None:
+        kind, optim = self.options.temperature, self.optim
+        odd = {"lr_tau": kind == "constant", "lr_tau_schedule": kind != "learnable"}
+        for name in (name for name, idle in odd.items() if idle):
+            if getattr(optim, name) != OptimConfig.__dataclass_fields__[name].default:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: --loss {self.loss} keeps {kind} temperatures; leave it")
+
+    @property
+    def init_scale(self) -> float:
+        return self.model.init_scale or self.options.init_scale
+
+    @property
+    def lr_tau(self) -> float:
+        """Of the temperatures that the loss keeps."""
+        return self.options.lr_tau if self.optim.lr_tau is None else self.optim.lr_tau
 
     @property
     def trackers(self) -> tuple[str, ...]:

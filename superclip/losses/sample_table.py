@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +33,7 @@ class SampleTable(nn.Module):
         super().__init__()
         self.columns, self.place = tuple(initial), place
         self.register_buffer("rows", torch.tensor([list(initial.values())]).repeat(samples, 1))
+        self.register_load_state_dict_pre_hook(_refuse_other_size)
 
     def gather(self, ids: Int[Tensor, " b"]) -> dict[str, Float[Tensor, " b"]]:
         """The columns of some samples, where the ids are.
@@ -73,15 +74,18 @@ class SampleTable(nn.Module):
             return self
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        saved = state_dict.get(f"{prefix}rows")
-        if saved is not None and saved.shape != self.rows.shape:
-            raise UserError(
-                f"the checkpoint keeps {saved.shape[1]} number(s) of {saved.shape[0]} samples, "
-                f"this run {self.rows.shape[1]} of {self.rows.shape[0]}; go on with the data that "
-                "it was trained on, or start anew from its weights (--pretrained)"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+def _refuse_other_size(
+    table: SampleTable, state: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Raises UserError if a checkpoint is of other samples or columns."""
+    saved = state.get(f"{prefix}rows", table.rows)
+    if saved.shape != table.rows.shape:
+        raise UserError(
+            f"the checkpoint keeps {saved.shape[1]} number(s) of {saved.shape[0]} samples, this "
+            f"run {table.rows.shape[1]} of {table.rows.shape[0]}; go on with the data that it was "
+            "trained on, or start anew from its weights (--pretrained)"
+        )
 
 
 class PairTables(nn.Module):

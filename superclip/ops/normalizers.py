@@ -49,6 +49,10 @@ class Blocks:
         """Negatives of an anchor."""
         return len(self.all_positives) - 1
 
+    def spread(self, value: Float[Tensor, ""]) -> Float[Tensor, "2 b"]:
+        """One number for every own anchor."""
+        return value.to(self.positives.dtype).expand(2, len(self.positives))
+
     def exponents(
         self, temperatures: Float[Tensor, "2 b"], positive: bool = False
     ) -> Float[Tensor, "2 b B"]:
@@ -149,3 +153,16 @@ def moving_average(
         return fresh
     mixed = torch.logaddexp(old + math.log1p(-gamma), fresh + math.log(gamma))
     return torch.where(old.isfinite(), mixed, fresh)
+
+
+def objective(value: Float[Tensor, ""], surrogate: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The value of the one, the gradient of the other."""
+    return value.detach() + surrogate - surrogate.detach()
+
+
+def with_tau_gradient(
+    term: Float[Tensor, ""], slope: Float[Tensor, ""], scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """A term whose derivative by tau = 1 / scale is `slope` beside what it has already."""
+    tau = 1 / scale
+    return term + slope.detach() * (tau - tau.detach())

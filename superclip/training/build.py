@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -37,7 +38,7 @@ from superclip.ops.reducer import GradientReducer
 from superclip.ops.world import World
 from superclip.training.evaluators import Evaluator, Retrieval
 from superclip.training.folder import commit, move_in
-from superclip.training.optim import adamw
+from superclip.training.optim import build_optimizer
 from superclip.training.preemption import StopRequest
 from superclip.training.state import Plan, Run, TrainState
 from superclip.training.tracking import Tracker, open_mirror
@@ -81,7 +82,22 @@ def build_run(
     tokenize = tokenizer_for(bpe)
     vocabulary = architecture["text_cfg"].get("vocab_size", 49408)
     head = _token_head(config, clip, architecture, vocabulary, source, order.num_rows, tokenize)
-    context = LossContext(vocabulary, special_ids(bpe), None if head is None else _vocab_ids(head))
+    _refuse_unmet(config, source)
+    plan = _plan(config, order, world)
+    context = LossContext(
+        vocabulary,
+        special_ids(bpe),
+        None if head is None else _vocab_ids(head),
+        source.num_images,
+        source.num_captions,
+        plan.steps_per_epoch,
+        plan.epochs,
+        architecture["embed_dim"],
+        config.seed,
+        config.lr_tau,
+        (config.optim.beta1, config.optim.beta2),
+        config.optim.eps,
+    )
     facts = {
         "activation": activation_name(clip.visual),
         "init_sha256": state_sha256(clip.state_dict()),
@@ -98,15 +114,17 @@ def build_run(
     }
     _refuse_disagreement(world, facts)
     model = SuperCLIP(clip, preprocess.mean, preprocess.std, head).to(world.device)
+    clip.logit_scale.requires_grad_(config.options.temperature == "learnable")
     if config.model.grad_checkpointing:
         clip.set_grad_checkpointing()
     if config.model.compile:
         model.compile_towers()
     stop = stop or StopRequest()
+    loss = build_loss(config.loss, config.options, context).to(world.device)
     state = TrainState(
         model,
-        build_loss(config.loss, config.options, context).to(world.device),
-        adamw(model, config.optim, config.lr),
+        loss,
+        build_optimizer(model, loss, config.optim, config.lr),
         torch.amp.GradScaler(world.device.type, enabled=config.precision == "amp"),
         GradientReducer(model.parameters(), world),
     )
@@ -114,7 +132,7 @@ def build_run(
         config,
         world,
         config.precision,
-        _plan(config, order, world),
+        plan,
         order,
         TrainRows(  # of a stream, whose rows nobody can read, it carries the parts alone
             cast(Source, source),
@@ -198,9 +216,21 @@ def _initial_clip(
     config: TrainConfig[Any], architecture: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     if config.model.pretrained is None:
-        return build_clip(architecture, config.seed, config.model.init_scale), {}
+        return build_clip(architecture, config.seed, config.init_scale), {}
     clip = build_clip(architecture, config.seed)
-    return clip, load_pretrained(clip, config.model.model, architecture, config.model.pretrained)
+    tag = load_pretrained(clip, config.model.model, architecture, config.model.pretrained)
+    if config.model.init_scale is not None:
+        torch.nn.init.constant_(clip.logit_scale, math.log(config.model.init_scale))
+    return clip, tag
+
+
+def _refuse_unmet(config: TrainConfig[Any], source: Source | Stream) -> None:
+    """Raises UserError if the data can't supply what the loss needs."""
+    if "ids" in LOSSES[config.loss].needs and isinstance(source, Stream):
+        raise UserError(
+            f"--loss {config.loss} keeps numbers of every sample, and a stream's have no row of "
+            "their own; read the shards as files"
+        )
 
 
 def _token_head(

@@ -48,11 +48,11 @@ def build_optimizer(
             momentum, nesterov = options.momentum, options.nesterov
             return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
         case "lamb":
-            from timm.optim import Lamb
+            from timm.optim.lamb import Lamb
 
             return Lamb(groups, lr=lr, betas=betas, eps=eps, max_grad_norm=None)
         case "lion":
-            from timm.optim import Lion
+            from timm.optim.lion import Lion
 
             return Lion(groups, lr=lr, betas=betas)
 
