@@ -7,6 +7,7 @@ The log domain and the standard per-row Adam of v2 are ours; `losses.md` 4 and 5
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, final
 
 import torch
@@ -51,7 +52,7 @@ class FastClipLoss(Loss):
     def __init__(self, options: FastClipOptions, context: LossContext):
         super().__init__()
         self.options, self.passes = options, Passes(context)
-        unseen = {"log_u": float("nan")}
+        unseen = {"log_u": -math.inf}
         samples = context.images, context.captions
         self.tables = PairTables(*samples, unseen, options.loss_state_device)
 
@@ -110,7 +111,7 @@ class FastClipV2Loss(Loss):
         super().__init__()
         self.options, self.passes = options, Passes(context)
         self.lr_tau, self.betas, self.eps = context.lr_tau, context.betas, context.optimizer_eps
-        unseen = {"log_u": float("nan"), "tau": float("nan"), "first": 0.0, "second": 0.0}
+        unseen = {"log_u": -math.inf, "tau": 0.0, "first": 0.0, "second": 0.0}
         samples = context.images, context.captions
         place = options.loss_state_device
         self.tables = PairTables(*samples, unseen | {"visits": 0.0}, place)

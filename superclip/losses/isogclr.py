@@ -3,6 +3,7 @@ of every sample, by a robust objective."""
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, final
 
 import torch
@@ -23,7 +24,7 @@ class ISogClrLoss(Loss):
     def __init__(self, options: ISogClrOptions, context: LossContext):
         super().__init__()
         self.options, self.lr_tau = options, context.lr_tau
-        unseen = {"log_u": float("nan"), "tau": float("nan"), "slope": 0.0}
+        unseen = {"log_u": -math.inf, "tau": 0.0, "slope": 0.0}
         samples = context.images, context.captions
         self.tables = PairTables(*samples, unseen, options.loss_state_device)
         self._tau = torch.zeros(2)

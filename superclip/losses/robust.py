@@ -36,7 +36,8 @@ def robust_term(
     found; then u and tau of the batch's samples are moved.
 
     Args:
-        tables: columns `log_u` and `tau`, NaN before the first visit, and what `move` keeps.
+        tables: columns `log_u` (minus infinity before the first visit), `tau` (0), and what `move`
+            keeps.
         gamma: weight of this batch in the moving average of u.
         move: new columns but `log_u`, from the old ones, tau and the derivative by tau.
 
@@ -47,7 +48,7 @@ def robust_term(
     blocks = similarity_blocks(image_features, text_features, world, two_sided)
     known = tables.gather(batch)
     start = (1 / scale.detach()).clamp(*options.tau_range)
-    tau = torch.where(known["tau"].isnan(), start, known["tau"])
+    tau = torch.where(known["tau"] > 0, known["tau"], start)
     exponents = blocks.exponents(tau)
     fresh = blocks.log_normalizers(exponents, options.normalizer_eps)
     logs = moving_average(known["log_u"], fresh, gamma)

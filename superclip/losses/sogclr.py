@@ -1,6 +1,7 @@
 """SogCLR (Yuan et al., "Provable Stochastic Optimization for Global Contrastive Learning", ICML
 2022): a moving average of every sample's normaliser, one constant temperature."""
 
+import math
 from typing import ClassVar, final
 
 from superclip.config import SogClrOptions
@@ -18,7 +19,7 @@ class SogClrLoss(Loss):
     def __init__(self, options: SogClrOptions, context: LossContext):
         super().__init__()
         self.options = options
-        unseen = {"log_u": float("nan")}
+        unseen = {"log_u": -math.inf}
         samples = context.images, context.captions
         self.tables = PairTables(*samples, unseen, options.loss_state_device)
 

@@ -142,9 +142,10 @@ def similarity_blocks(
 def moving_average(
     old: Float[Tensor, "2 b"], fresh: Float[Tensor, "2 b"], gamma: float
 ) -> Float[Tensor, "2 b"]:
-    """log((1 - gamma) u + gamma g) from log u and log g; log g where u was never seen (NaN).
+    """log((1 - gamma) u + gamma g) from log u and log g; log g where u was never seen (minus
+    infinity).
 
-    >>> old, fresh = torch.tensor([[0.0], [float("nan")]]), torch.tensor([[1.0], [1.0]])
+    >>> old, fresh = torch.tensor([[0.0], [-math.inf]]), torch.tensor([[1.0], [1.0]])
     >>> moving_average(old, fresh, 0.5).exp()
     tensor([[1.8591],
             [2.7183]])
