@@ -71,9 +71,8 @@ class Naive:
                     new |= self._move(row, t.item(), max(-5.0, min(5.0, slope)))
                 elif self.kind == "sogclr":
                     value += tau.item() * math.log(u) / size
-                    carrier = (
-                        carrier + tau.detach() * self._ratio(anchors, others, i, tau, u) / size
-                    )
+                    ratio = self._ratio(anchors, others, i, tau, u)
+                    carrier = carrier + tau.detach() * ratio / size
                 else:
                     outer = tau if self.kind == "v3" else torch.tensor(1.0).double()
                     value += 0.5 * outer.item() * math.log(u) / size
