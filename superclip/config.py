@@ -265,6 +265,45 @@ class FastClipV3Options(FastClipOptions):
         _check_rho(self.rho)
 
 
+@dataclass(frozen=True)
+class NeuClipOptions(LossOptions):
+    """Options of `--loss neuclip` (Wei et al., ICLR 2026); defaults of its DFN-14M run."""
+
+    communication: Literal["reduction", "gather"] = free("reduction")
+    """reduction: features are gathered without gradient, and a few numbers a sample. gather: the
+    differentiable gather, as in open_clip. Equal gradients."""
+    rho: float = 11.0
+    """How far the temperature may stay from the least one."""
+    normalizer_eps: float = 1e-6
+    """Added to the normaliser: it bounds the weight of easy samples."""
+    npn_num_protos: int = 4096
+    """Prototypes of each modality."""
+    npn_repetition: int = 10
+    """Steps of the network on each batch; 0 leaves it at its last restart."""
+    npn_restart_iter: int = 500
+    """Steps between two restarts from recent features."""
+    npn_lr: float = 1.0
+    """AdaGrad's learning rate."""
+    npn_adagrad: Literal["norm", "coordinate"] = "norm"
+    """norm: one accumulator a modality. coordinate: one a number, as torch's: at the published rate
+    its first step turns every prototype into a vector of signs."""
+    npn_accumulator: float = 0.0
+    """What AdaGrad's accumulators begin with."""
+    npn_reset: bool = True
+    """Begin AdaGrad anew at a restart. Left open by the paper."""
+    npn_own_partner: bool = False
+    """Let a restart take the current batch's features, an anchor's own partner among them. Left
+    open by the paper."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "normalizer_eps")
+        _check_rho(self.rho)
+        _at_least_one(self, "npn_num_protos", "npn_restart_iter")
+        _within(self, 0, math.inf, "npn_lr")
+        if self.npn_repetition < 0 or not 0 <= self.npn_accumulator < math.inf:
+            raise UserError("--npn-repetition and --npn-accumulator must not be negative")
+
+
 LOSS_OPTIONS: dict[str, type[LossOptions]] = {
     "clip": ClipOptions,
     "superclip": SuperClipOptions,
@@ -274,6 +313,7 @@ LOSS_OPTIONS: dict[str, type[LossOptions]] = {
     "fastclip-v1": FastClipV1Options,
     "fastclip-v2": FastClipV2Options,
     "fastclip-v3": FastClipV3Options,
+    "neuclip": NeuClipOptions,
 }
 
 Options = TypeVar("Options", bound=LossOptions)

@@ -8,6 +8,7 @@ from superclip.losses.base import Loss, LossContext, Terms
 from superclip.losses.clip import ClipLoss
 from superclip.losses.fastclip import FastClipLoss, FastClipV2Loss
 from superclip.losses.isogclr import ISogClrLoss
+from superclip.losses.neuclip import NeuClipLoss
 from superclip.losses.sogclr import SogClrLoss
 from superclip.losses.superclip import SuperClipLoss
 
@@ -22,6 +23,7 @@ LOSSES: dict[str, Any] = {
     "fastclip-v1": FastClipLoss,
     "fastclip-v2": FastClipV2Loss,
     "fastclip-v3": FastClipLoss,
+    "neuclip": NeuClipLoss,
 }
 assert LOSSES.keys() == LOSS_OPTIONS.keys()
 

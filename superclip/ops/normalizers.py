@@ -34,6 +34,7 @@ class Blocks:
         positives: cosine of each own pair.
         all_positives: the same of every rank, without gradient.
         own: column of each row's own partner.
+        gathered: features of every rank's pictures and captions, without gradient.
         two_sided: whether other ranks' features carry no gradient here, so that own rows must stand
             for both anchors and negatives.
     """
@@ -42,6 +43,7 @@ class Blocks:
     positives: Float[Tensor, " b"]
     all_positives: Float[Tensor, " B"]
     own: Int[Tensor, "b 1"]
+    gathered: tuple[Float[Tensor, "B d"], Float[Tensor, "B d"]]
     two_sided: bool
 
     @property
@@ -136,7 +138,8 @@ def similarity_blocks(
     positives = (image * text).sum(1)
     all_positives = (gathered[0] * gathered[1]).sum(1).detach()
     cosines = image @ gathered[1].T, text @ gathered[0].T
-    return Blocks(cosines, positives, all_positives, own, two_sided)
+    known = gathered[0].detach(), gathered[1].detach()
+    return Blocks(cosines, positives, all_positives, own, known, two_sided)
 
 
 def moving_average(
