@@ -762,12 +762,9 @@ class LossesBench(Bench):
                 target = ("<=", 1.5) if name.startswith("fastclip") else None
                 rows.append(Row(f"  {name} / clip", "ratio", cost / clip, target))
             peaks = {name: allocated(side, self._device) for name, side in sides.items()}
-            told = ", ".join(
-                f"{n} {p / 1e6:.1f} ({p / peaks['clip']:.2f})" for n, p in peaks.items()
-            )
-            notes.append(
-                f"peak memory at batch {size}, MB beyond what lives always (/ clip): {told}"
-            )
+            shown = (f"{n} {p / 1e6:.1f} ({p / peaks['clip']:.2f})" for n, p in peaks.items())
+            about = f"peak memory at batch {size}, MB beyond what lives always (/ clip): "
+            notes.append(about + ", ".join(shown))
         if self.step_batch_size is not None:
             rows += self._whole(self.step_batch_size)
         return Findings(rows, notes)
@@ -801,7 +798,7 @@ class LossesBench(Bench):
 
             def step(loss: Any = loss, leaves: Any = leaves) -> None:
                 loss.observe(batch, world)
-                total = sum(loss.pair_terms(*leaves, batch, world).values())
+                total = torch.stack([*loss.pair_terms(*leaves, batch, world).values()]).sum()
                 own = [*leaves, *loss.parameters()]
                 torch.autograd.grad(total, own, materialize_grads=True)
 
@@ -814,9 +811,8 @@ class LossesBench(Bench):
         with tempfile.TemporaryDirectory() as folder:
             sides = {}
             for name in WHOLE:
-                setup = Setup(
-                    Path(folder), self.model, size, 1, None, 0, self.device, self.precision
-                )
+                how = self.precision, str(self._device)
+                setup = Setup(Path(folder), self.model, size, 1, None, 0, *how)
                 run, state = our_run(setup, name)
                 batch = next(our_batches(run, 0, 1))[0]
                 sides[name] = functools.partial(train_step, state, batch, run)
@@ -837,7 +833,8 @@ def allocated(side: Callable[[], object], device: torch.device) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         side()
     assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found: list[Any] = record.profiler.kineto_results.events()
+    events = [event for event in found if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return float(max(itertools.accumulate(event.nbytes() for event in events)))
 
@@ -855,13 +852,13 @@ class CommBench(Bench):
     """Dimensions of the features."""
 
     def run(self) -> Findings:
-        import torch.multiprocessing as mp
+        from torch.multiprocessing.spawn import spawn
 
         notes = ["a rank sends (K - 1) / K of what it gathers, and twice that of what it reduces"]
         for size in self.ranks:
             with tempfile.TemporaryDirectory() as folder:
                 port = 20_000 + os.getpid() % 20_000 + size
-                mp.spawn(count_bytes, (size, port, self.batch_size, self.width, folder), size)
+                spawn(count_bytes, (size, port, self.batch_size, self.width, folder), size)
                 counted = json.loads((Path(folder) / "counted.json").read_text())
             for name, found in counted.items():
                 wanted = sent_bytes(name, size, self.batch_size, self.width)
@@ -923,11 +920,11 @@ def count_bytes(rank: int, size: int, port: int, batch: int, width: int, folder:
     for name in COMMUNICATION:
         loss, _, way = name.partition(" ")
         options = LOSS_OPTIONS[loss](**({"communication": way} if way else {}))
-        leaves = [torch.randn(batch, width).requires_grad_() for _ in range(2)]
+        x, z = (torch.randn(batch, width).requires_grad_() for _ in range(2))
         term = build_loss(loss, options, context)
         term.observe(data, world)
-        total = sum(term.pair_terms(*leaves, torch.tensor(14.0), data, world).values())
-        torch.autograd.grad(total, leaves)
+        terms = term.pair_terms(x, z, torch.tensor(14.0), data, world)
+        torch.autograd.grad(torch.stack([*terms.values()]).sum(), (x, z))
     if rank == 0:
         (Path(folder) / "counted.json").write_text(json.dumps(sent))
     joined.close()
@@ -1250,8 +1247,9 @@ def main(argv: list[str]) -> None:
         f"{before[0]:.1f} before, {after[0]:.1f} after"
     )
     print(*found.notes, sep="\n")
-    print(f"\n{'':<44}{'':<12}{'wall: median [min, max]':>23}{'CPU: median [min, max]':>31}")
-    print(*found.rows, sep="\n")
+    if found.rows:
+        print(f"\n{'':<44}{'':<12}{'wall: median [min, max]':>23}{'CPU: median [min, max]':>31}")
+        print(*found.rows, sep="\n")
     if bench.out is not None:
         config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(bench).items()}
         report = {
