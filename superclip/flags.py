@@ -23,7 +23,8 @@ T = TypeVar("T")
 TRAIN_HELP = """Train a CLIP-family model. With no flags: SuperCLIP on generated scenes, into logs/.
 
 Precedence: defaults < --recipe NAME < --config FILE (TOML, or a run.json) < flags.
-Recipes: {recipes}. Losses: {losses} (--loss NAME --help shows its options).
+--recipe list shows the {recipes} published and shipped runs. Losses: {losses} (--loss NAME --help
+shows its options).
 """
 
 
@@ -107,6 +108,28 @@ def recipes() -> dict[str, Path]:
     return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if str(f).endswith(".toml")}
 
 
+def read_recipe(name: str) -> dict[str, Any]:
+    """Options of a shipped recipe, on top of those of the one that it extends.
+
+    Raises:
+        UserError: if there is none of this name.
+    """
+    known = recipes()
+    if name not in known:
+        raise UserError(f"--recipe {name!r} is unknown; {nearest(name, known)}, or --recipe list")
+    own = read_config_file(known[name])
+    base = own.pop("extends", None)
+    return own if base is None else read_recipe(base) | own
+
+
+def recipe_list() -> str:
+    """Every recipe with the first line of its file."""
+    known = recipes()
+    told = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in known.items()}
+    width = max(map(len, told))
+    return "\n".join(f"{name:<{width}}  {told[name]}" for name in sorted(told))
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """Options of a TOML file or of a run's own `run.json`.
 
@@ -148,11 +171,11 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
     config, argv = _peek(argv, "--config")
     loss, argv = _peek(argv, "--loss")
     values: dict[str, Any] = {}
+    if recipe == "list":
+        print(recipe_list())
+        raise SystemExit(0)
     if recipe is not None:
-        known = recipes()
-        if recipe not in known:
-            raise UserError(f"--recipe {recipe!r} is unknown; {nearest(recipe, known)}")
-        values |= read_config_file(known[recipe])
+        values |= read_recipe(recipe)
     if config is not None:
         values |= read_config_file(Path(config))
     if loss is not None:
@@ -164,9 +187,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
     default = train_config(values, f"--config {config}" if config else f"--recipe {recipe}")
     cls = TrainConfig[LOSS_OPTIONS[default.loss]]
     _refuse_other_losses(argv, default.loss)
-    description = TRAIN_HELP.format(
-        recipes=", ".join(sorted(recipes())) or "none", losses=", ".join(LOSS_OPTIONS)
-    )
+    description = TRAIN_HELP.format(recipes=len(recipes()), losses=", ".join(LOSS_OPTIONS))
     names = [*owner_of_keys(default.loss), "recipe", "config"]
     return parse(cls, argv, "python -m superclip.train", description, default, names)
 

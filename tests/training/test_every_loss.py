@@ -1,6 +1,7 @@
 """Every loss through the whole trainer: accumulation, restarts, ranks, optimizers."""
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -11,9 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from test_resume import equal, record
 
-from superclip.config import LOSS_OPTIONS, train_config
+from superclip.config import LOSS_OPTIONS, owner_of_keys, train_config
 from superclip.data.loader import collate
 from superclip.errors import UserError
+from superclip.flags import parse_train, read_recipe, recipes
 from superclip.ops.world import World
 from superclip.train import main
 from superclip.training.build import build_run
@@ -143,6 +145,35 @@ def test_the_temperature_of_some_losses_stays(tmp_path):
 def test_what_has_no_effect_or_no_sense_is_refused(values, told):
     with pytest.raises(UserError, match=told):
         train_config(values)
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_trains_at_toy_size(name, tmp_path):
+    """Its own options for two steps; data, model and sizes are of a toy."""
+    values = read_recipe(name)
+    values |= {"model": "scenes-vit", "train_data": "scenes", "train_num_samples": 24}
+    values |= {"global_batch_size": 12, "epochs": 1, "precision": "fp32", "threads": 1}
+    values |= {"val_data": os.environ["FEW_SCENES"], "log_every": 1, "out": str(tmp_path / "run")}
+    values |= SMALL.get(values["loss"], {})
+    for key in ("pretrained", "aug_scale"):
+        values.pop(key, None)
+    if "head_vocab" in owner_of_keys(values["loss"]):
+        values["head_vocab"] = "seen"
+    (tmp_path / "toy.json").write_text(json.dumps(values))
+    main(["--config", str(tmp_path / "toy.json")])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_recipes_say_what_is_published_and_what_is_inferred(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_train(["--recipe", "list"])
+    told = capsys.readouterr().out
+    for name, path in recipes().items():
+        assert name in told
+        text = path.read_text()
+        assert name.startswith("scenes") or ("ublished" in text and "20" in text.split("\n")[0])
 
 
 def test_a_global_batch_of_one_has_no_negatives(tmp_path):
