@@ -116,8 +116,7 @@ def test_accumulated_gradients_are_averaged_once(tmp_path):
 
 
 def launch(ranks: int, out, *more: str) -> str:
-    words = "-m superclip.train --global-batch-size 12 --precision fp32"
-    words += "" if "--loss" in more else " --head-vocab seen"
+    words = "-m superclip.train --global-batch-size 12 --precision fp32 --head-vocab seen"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     start = [sys.executable, *(torchrun if ranks > 1 else []), *words.split(), "--threads", "1"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
