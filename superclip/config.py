@@ -304,6 +304,74 @@ class NeuClipOptions(LossOptions):
             raise UserError("--npn-repetition and --npn-accumulator must not be negative")
 
 
+def _not_negative(options: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(options, name) < math.inf:
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UserError(f"{flag} must not be negative")
+
+
+@dataclass(frozen=True)
+class CyClipOptions(LossOptions):
+    """Options of `--loss cyclip` (Goel et al., NeurIPS 2022)."""
+
+    lambda_in_modal: float = 0.25
+    """Weight of the penalty on pictures that are not as alike as their captions."""
+    lambda_cross_modal: float = 0.25
+    """Weight of the penalty on similarities that are not symmetric."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "lambda_in_modal", "lambda_cross_modal")
+        if not self.lambda_in_modal + self.lambda_cross_modal:
+            raise UserError("--lambda-in-modal 0 --lambda-cross-modal 0: use --loss clip")
+
+
+@dataclass(frozen=True)
+class VicRegOptions(LossOptions):
+    """Options of `--loss vicreg` (Bardes et al., ICLR 2022)."""
+
+    temperature: ClassVar[Temperature] = "constant"
+    sim_coeff: float = 25.0
+    """Weight of the squared distance between partners."""
+    std_coeff: float = 25.0
+    """Weight of the hinge that keeps every dimension's standard deviation at 1 or above."""
+    cov_coeff: float = 1.0
+    """Weight of the squared covariances between dimensions."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "sim_coeff", "std_coeff", "cov_coeff")
+
+
+@dataclass(frozen=True)
+class OnlineClrOptions(LossOptions):
+    """Options of `--loss onlineclr` (the contrastive loss of that name in iSogCLR's code)."""
+
+    temperature: ClassVar[Temperature] = "constant"
+    init_scale: ClassVar[float] = 100.0
+    gamma: float = 0.8
+    """Weight of this batch in the two moving averages."""
+    positive_tau_ratio: float = 10.0
+    """The positives' temperature over the negatives', which is 1 / --init-scale."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "gamma")
+        _within(self, 0, 1e4, "positive_tau_ratio")
+
+
+@dataclass(frozen=True)
+class SigLipOptions(LossOptions):
+    """Options of `--loss siglip` (Zhai et al., ICCV 2023)."""
+
+    init_scale: ClassVar[float] = 10.0
+    init_bias: float = -10.0
+    """Where the learnable bias of the logits begins: at -10 a pair is taken for a wrong one, as
+    nearly all are."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.init_bias):
+            raise UserError(f"--init-bias {self.init_bias} is no number to begin with")
+
+
 LOSS_OPTIONS: dict[str, type[LossOptions]] = {
     "clip": ClipOptions,
     "superclip": SuperClipOptions,
@@ -314,6 +382,10 @@ LOSS_OPTIONS: dict[str, type[LossOptions]] = {
     "fastclip-v2": FastClipV2Options,
     "fastclip-v3": FastClipV3Options,
     "neuclip": NeuClipOptions,
+    "cyclip": CyClipOptions,
+    "vicreg": VicRegOptions,
+    "onlineclr": OnlineClrOptions,
+    "siglip": SigLipOptions,
 }
 
 Options = TypeVar("Options", bound=LossOptions)
@@ -429,8 +501,8 @@ class OptimConfig:
     lr_min: float = 0.0
     """Learning rate at the end of the run."""
     lr_tau: float | None = None
-    """Learning rate of the temperature. Default: --lr; of a loss that keeps one of each sample,
-    its paper's (.0133 fastclip-v2, .03 isogclr)."""
+    """Learning rate of the temperature; 0 holds it constant. Default: --lr; of a loss that keeps
+    one of each sample, its paper's (.0133 fastclip-v2, .03 isogclr)."""
     lr_tau_schedule: Literal["cosine", "const", "step_thresh"] = "cosine"
     """Of the logit scale: as --lr, constant, or a third of it once the temperature is at most .03
     (FastCLIP)."""

@@ -55,6 +55,8 @@ class SuperCLIP(nn.Module):
         clip: an open_clip `CLIP` with a native vision transformer where a token head reads patches.
         mean, std: of the pictures' channels in [0, 1].
         token_head: or None.
+        normalize: whether `forward` brings features to unit length, as `encode_*` always do; not
+            for a loss that reads raw ones.
     """
 
     def __init__(
@@ -63,8 +65,11 @@ class SuperCLIP(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         token_head: TokenHead | None = None,
+        normalize: bool = True,
     ):
         super().__init__()
+        assert normalize or token_head is None, "a token head goes with unit vectors"
+        self.normalize = normalize
         self.clip: Any = clip
         self.token_head = token_head
         self.mean: Tensor
@@ -125,11 +130,11 @@ class SuperCLIP(nn.Module):
         )
 
     def _see(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Unit vectors of pictures, and what the token head reads."""
+        """Features of pictures, and what the token head reads."""
         pixels, head = self.normalise(images), self.token_head
         if head is None or head.source == "pooled":
             features = self.clip.encode_image(pixels)
-            return F.normalize(features, dim=-1), None if head is None else features
+            return self._scaled(features), None if head is None else features
         return self._pooled_and_patches(pixels)
 
     def _pooled_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,4 +145,7 @@ class SuperCLIP(nn.Module):
         return F.normalize(out["image_features"], dim=-1), means
 
     def _read(self, tokens: Tensor) -> Tensor:
-        return self.encode_text(tokens)
+        return self._scaled(self.clip.encode_text(tokens))
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1) if self.normalize else features

@@ -113,8 +113,10 @@ def build_run(
         "compile": config.model.compile,
     }
     _refuse_disagreement(world, facts)
-    model = SuperCLIP(clip, preprocess.mean, preprocess.std, head).to(world.device)
-    clip.logit_scale.requires_grad_(config.options.temperature == "learnable")
+    unit = "raw_features" not in LOSSES[config.loss].needs
+    model = SuperCLIP(clip, preprocess.mean, preprocess.std, head, unit).to(world.device)
+    learnt = config.options.temperature == "learnable" and config.optim.lr_tau != 0
+    clip.logit_scale.requires_grad_(learnt)
     if config.model.grad_checkpointing:
         clip.set_grad_checkpointing()
     if config.model.compile:
