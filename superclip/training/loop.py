@@ -13,7 +13,7 @@ from superclip.data.stream import Stream, stream_batches
 from superclip.evaluation.encode import Interrupted
 from superclip.training.checkpoint import save_best, save_checkpoint
 from superclip.training.consensus import Consensus
-from superclip.training.evaluators import run_evaluators
+from superclip.training.evaluators import run_evaluators, share_statistics
 from superclip.training.nonfinite import handle_nonfinite
 from superclip.training.state import Run, TrainState
 from superclip.training.step import train_step
@@ -49,6 +49,7 @@ def evaluate(run: Run, state: TrainState) -> bool:
     """
     if not run.evaluators or run.world.on_main(lambda: run.tracker.has_evaluation(state.step)):
         return True
+    share_statistics(state.model, run.world)
     try:
         metrics = dict(run_evaluators(run.evaluators, state.model))
     except Interrupted:
