@@ -63,7 +63,7 @@ _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def _image_source(options: ModelConfig) -> tuple[str, str, str | None]:
-    """timm's name of the architecture, what timm opens, and a file of weights where one is named."""
+    """timm's name of the architecture, what timm opens, and a file of weights or None."""
     tower, weights = str(options.image_tower), options.image_weights
     name = source = tower.removeprefix("timm/")
     folder, file = Path(name).expanduser(), None
@@ -71,7 +71,9 @@ def _image_source(options: ModelConfig) -> tuple[str, str, str | None]:
         facts = _json(folder / "config.json", f"--image-tower {tower}")
         name, source = str(facts.get("architecture")), f"local-dir:{folder}"
         if facts.get("model_args"):
-            raise UserError(f"--image-tower {tower}: its model_args are not supported; name another")
+            raise UserError(
+                f"--image-tower {tower}: its model_args are not supported; name another"
+            )
     elif _is_path(name):
         raise UserError(f"--image-tower {tower}: there is no folder {folder}")
     architecture, _, tag = name.partition(".")

@@ -55,8 +55,8 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def build_clip(config: dict[str, Any], seed: int = 0, init_scale: float | None = None) -> Any:
-    """A randomly initialised model (open_clip's, or `towers`); equal seeds give equal weights, whatever was drawn
-    before.
+    """A randomly initialised model (open_clip's, or `towers`); equal seeds give equal weights,
+    whatever was drawn before.
 
     Raises:
         UserError: if open_clip refuses the configuration.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -45,8 +45,9 @@ def grid_width(visual: nn.Module) -> int:
         return len(visual.class_embedding)
     if not isinstance(visual, TimmModel):
         return 0
-    training, trunk = visual.training, visual.trunk
-    black = next(visual.parameters()).new_zeros(1, 3, *visual.image_size)
+    trunk: Any = visual.trunk
+    training, sides = trunk.training, cast(tuple[int, int], visual.image_size)
+    black = next(visual.parameters()).new_zeros(1, 3, *sides)
     try:
         with torch.no_grad():
             _mean(trunk, trunk.eval().forward_features(black))

@@ -1,5 +1,5 @@
-"""Two towers of other libraries, each with a linear head: timm sees, Hugging Face transformers reads
-(the small-batch course project, losses.md section 8).
+"""Two towers of other libraries, each with a linear head: timm sees, Hugging Face transformers
+reads (the small-batch course project, losses.md section 8).
 
 The model configuration alone rebuilds the model on any machine: it names timm's architecture and
 holds the text tower's configuration and tokenizer as plain values. No folder, no hub, no code of
@@ -61,7 +61,9 @@ class Towers(nn.Module):
         output_dict: bool = True,
     ):
         super().__init__()
-        self.visual = image_tower(vision_cfg["timm_model_name"], embed_dim, vision_cfg["image_size"])
+        self.visual = image_tower(
+            vision_cfg["timm_model_name"], embed_dim, vision_cfg["image_size"]
+        )
         self.text = TextTower(
             text_cfg["hf_config"], embed_dim, text_cfg["tokenizer"]["pad_id"], text_cfg["pooling"]
         )
@@ -81,9 +83,10 @@ class Towers(nn.Module):
 def image_tower(name: str, embed_dim: int, size: int) -> TimmModel:
     """open_clip's wrapper of a timm model, with random weights and a linear head without bias."""
     visual = TimmModel(name, embed_dim, size, pool="", proj="linear")
-    set_input_size(visual.trunk, size)
-    pooled = getattr(visual.trunk, "head_hidden_size", None) or visual.trunk.num_features
-    if pooled != visual.trunk.num_features:  # towers that widen after pooling (MobileNetV3)
+    trunk: Any = visual.trunk
+    set_input_size(trunk, size)
+    pooled = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    if pooled != trunk.num_features:  # towers that widen after pooling (MobileNetV3)
         visual.head.proj = nn.Linear(pooled, embed_dim, bias=False)
     return visual
 
@@ -109,6 +112,7 @@ class TextTower(nn.Module):
         assert pooling in ("cls", "mean"), pooling
         self.pad_id, self.pooling = pad_id, pooling
         made = hf_config(config)
+        made.use_cache = False  # of decoders, for writing texts
         self.transformer = without_pooler(
             AutoModel.from_config(made, trust_remote_code=False, dtype=torch.float32)
         )
@@ -125,9 +129,9 @@ class TextTower(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+            self.transformer.activation_checkpointing_enable()
         else:
-            self.transformer.gradient_checkpointing_disable()
+            self.transformer.activation_checkpointing_disable()
 
 
 def hf_config(values: Mapping[str, Any]) -> Any:
@@ -136,9 +140,7 @@ def hf_config(values: Mapping[str, Any]) -> Any:
     Raises:
         UserError: if transformers has no such model.
     """
-    kept = {
-        k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL and not k.startswith("_")
-    }
+    kept = {k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL and not k.startswith("_")}
     try:
         return AutoConfig.for_model(kept.pop("model_type"), **kept)
     except (ValueError, KeyError) as error:
