@@ -84,6 +84,11 @@ LOSS_OPTIONS: dict[str, type[LossOptions]] = {"clip": ClipOptions, "superclip": 
 Options = TypeVar("Options", bound=LossOptions)
 
 
+TOWER_OPTIONS = (
+    ["image_weights", "text_weights", "embed_dim", "image_size", "context_length", "text_pooling"]
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = "scenes-vit"
@@ -168,16 +173,6 @@ class ModelConfig:
         if self.image_tower is None:
             return self.pretrained is None
         return self.image_weights == self.text_weights == "random"
-
-
-TOWER_OPTIONS = (
-    "image_weights",
-    "text_weights",
-    "embed_dim",
-    "image_size",
-    "context_length",
-    "text_pooling",
-)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import timm
 import torch
 import transformers
-from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -53,13 +52,8 @@ def adopt_towers(options: ModelConfig, seed: int) -> tuple[dict[str, Any], Any, 
         raise UserError(f"--image-size {size} does not fit {name} ({_first(error)})") from None
     if options.text_weights != "random":
         clip.text.transformer.load_state_dict(read_weights().state_dict())
-    _see(clip, size, options)
-    _read(clip, text_cfg, options)
-    facts = image.pretrained_cfg
-    return config, clip, {name: facts.get(name) or d for name, d in _IMAGENET.items()}
-
-
-_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    _see_that_it_works(clip, config, options)
+    return config, clip, {name: image.pretrained_cfg[name] for name in ("mean", "std")}
 
 
 def _image_source(options: ModelConfig) -> tuple[str, str, str | None]:
@@ -183,28 +177,24 @@ def _text(options: ModelConfig) -> tuple[dict[str, Any], Callable[[], Any]]:
 
 
 @torch.no_grad()
-def _see(clip: Any, size: int, options: ModelConfig) -> None:
-    """Raises UserError if the image tower does not take pictures of this size."""
+def _see_that_it_works(clip: Any, config: dict[str, Any], options: ModelConfig) -> None:
+    """Raises UserError if a tower does not take pictures of this size or texts of this length, or
+    what it makes of a text does not depend on the last word."""
+    text_cfg, size = config["text_cfg"], config["vision_cfg"]["image_size"]
+    length, pad = text_cfg["context_length"], text_cfg["tokenizer"]["pad_id"]
+    word, other = [i for i in range(text_cfg["vocab_size"]) if i != pad][-2:]
+    texts = torch.full((2, length), word)
+    texts[1, -1] = other
+    clip.eval()
     try:
-        clip.visual.eval()(torch.zeros(1, 3, size, size))
+        clip.encode_image(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError) as error:
         raise UserError(
             f"--image-tower {options.image_tower} does not take pictures of {size} pixels "
             f"({_first(error)}); give another --image-size"
         ) from None
-    clip.visual.train()
-
-
-@torch.no_grad()
-def _read(clip: Any, text_cfg: dict[str, Any], options: ModelConfig) -> None:
-    """Raises UserError if the text tower does not take texts of this length, or what it makes of
-    them does not depend on their last word."""
-    length, pad = text_cfg["context_length"], text_cfg["tokenizer"]["pad_id"]
-    word, other = [i for i in range(text_cfg["vocab_size"]) if i != pad][-2:]
-    texts = torch.full((2, length), word)
-    texts[1, -1] = other
     try:
-        first, second = clip.text.eval()(texts)
+        first, second = clip.encode_text(texts)
     except (IndexError, RuntimeError) as error:
         most = text_cfg["hf_config"].get("max_position_embeddings")
         raise UserError(
@@ -216,7 +206,7 @@ def _read(clip: Any, text_cfg: dict[str, Any], options: ModelConfig) -> None:
             f"--text-tower {options.text_tower} reads forwards only, so its first state knows "
             "nothing of the text; use --text-pooling mean, or an encoder"
         )
-    clip.text.train()
+    clip.train()
 
 
 def _json(path: Path, flag: str) -> dict[str, Any]:

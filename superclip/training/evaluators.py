@@ -6,13 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import nn
-
 from superclip.data.batch import Source
 from superclip.evaluation.encode import Encoder
 from superclip.evaluation.retrieval import NAMES, retrieve
 from superclip.model.superclip import SuperCLIP
-from superclip.ops.world import World
 
 SHORT = {"image-to-text ": "i2t_", "text-to-image ": "t2i_", " ": "_"}
 
@@ -25,19 +22,6 @@ class Evaluator(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def run(self, model: SuperCLIP) -> Iterator[tuple[str, float]]: ...
-
-
-def share_statistics(model: nn.Module, world: World) -> None:
-    """Give every rank the main rank's running statistics of batch norm.
-
-    Training never reads them, so the ranks' drift apart; an evaluation that all ranks share, and
-    the checkpoint that the main rank writes, must mean one model.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and world.size > 1:
-            for statistic in (module.running_mean, module.running_var):
-                if statistic is not None:
-                    world.sum(statistic if world.is_main else statistic.zero_())
 
 
 def run_evaluators(

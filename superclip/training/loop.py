@@ -11,9 +11,10 @@ from superclip.data.batch import Batch
 from superclip.data.loader import StepSampler, train_batches
 from superclip.data.stream import Stream, stream_batches
 from superclip.evaluation.encode import Interrupted
+from superclip.ops.statistics import share_statistics
 from superclip.training.checkpoint import save_best, save_checkpoint
 from superclip.training.consensus import Consensus
-from superclip.training.evaluators import run_evaluators, share_statistics
+from superclip.training.evaluators import run_evaluators
 from superclip.training.nonfinite import handle_nonfinite
 from superclip.training.state import Run, TrainState
 from superclip.training.step import train_step
