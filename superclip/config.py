@@ -84,9 +84,14 @@ LOSS_OPTIONS: dict[str, type[LossOptions]] = {"clip": ClipOptions, "superclip": 
 Options = TypeVar("Options", bound=LossOptions)
 
 
-TOWER_OPTIONS = (
-    ["image_weights", "text_weights", "embed_dim", "image_size", "context_length", "text_pooling"]
-)
+TOWER_OPTIONS = [
+    "image_weights",
+    "text_weights",
+    "embed_dim",
+    "image_size",
+    "context_length",
+    "text_pooling",
+]
 
 
 @dataclass(frozen=True)

@@ -225,4 +225,4 @@ def _is_path(name: str) -> bool:
 
 def _first(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[:2])[:200]
+    return " ".join(line.strip() for line in lines[:2])[:140]
