@@ -596,7 +596,7 @@ def _cast(kind: Any, value: Any) -> Any:
     """Give a TOML or JSON value the type its field declares; refuse what does not fit."""
     if value is None or kind is Any:
         return value
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the latter of Literal | None
         return _cast(next(k for k in typing.get_args(kind) if k is not type(None)), value)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)

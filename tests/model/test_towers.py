@@ -16,7 +16,7 @@ from reference.hf_towers import image_folder, text_folder
 from transformers import AutoModel, AutoTokenizer
 
 from interp.hooked.tower import HookedVisionTransformer
-from superclip.config import ModelConfig
+from superclip.config import ModelConfig, to_dict, train_config
 from superclip.data.scenes import Scenes
 from superclip.errors import UserError
 from superclip.export import ExportConfig, export
@@ -285,6 +285,15 @@ def test_evaluation_of_such_a_checkpoint(run):
 def test_options_that_contradict_each_other(given, message):
     with pytest.raises(UserError, match=message):
         ModelConfig(**given)
+
+
+def test_every_option_survives_the_checkpoint():
+    towers = {"image_tower": "timm/x", "text_tower": "hf/x", "embed_dim": 8, "image_size": 64}
+    more = {"image_weights": "random", "text_weights": "random", "text_pooling": "mean"}
+    config = train_config(towers | more | {"context_length": 12})
+    assert train_config(json.loads(json.dumps(to_dict(config)))) == config
+    with pytest.raises(UserError, match="'max' is not one of cls, mean"):
+        train_config(towers | {"text_pooling": "max"})
 
 
 def test_mistakes_are_named_with_the_way_out(folders, tmp_path):
