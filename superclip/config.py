@@ -391,6 +391,16 @@ LOSS_OPTIONS: dict[str, type[LossOptions]] = {
 Options = TypeVar("Options", bound=LossOptions)
 
 
+TOWER_OPTIONS = [
+    "image_weights",
+    "text_weights",
+    "embed_dim",
+    "image_size",
+    "context_length",
+    "text_pooling",
+]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = "scenes-vit"
@@ -405,10 +415,77 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = free(False)
     """torch.compile the two towers, each as one graph."""
+    image_tower: str | None = None
+    """With --text-tower, in the place of --model: timm/NAME (timm/resnet50), or timm/FOLDER with a
+    local copy of a timm repository (config.json and weights)."""
+    text_tower: str | None = None
+    """With --image-tower: hf/NAME of a Hugging Face encoder (hf/distilbert-base-uncased), or
+    hf/FOLDER with a local copy. The checkpoint does not open in plain open_clip."""
+    image_weights: str | None = None
+    """published (the default: those of the name or folder), random, or a local file of weights of
+    the image tower."""
+    text_weights: Literal["published", "random"] | None = None
+    """The same of the text tower; its folder holds them."""
+    embed_dim: int | None = None
+    """Dimensions of the joint space of the two towers, each with a linear head. Default: 256."""
+    image_size: int | None = None
+    """Pixels a side for --image-tower. Default: the tower's own."""
+    context_length: int | None = None
+    """Tokens of a text for --text-tower. Default: 30."""
+    text_pooling: Literal["cls", "mean"] | None = None
+    """What --text-tower makes of its last states: the first of them (cls, the default), or the mean
+    over the text."""
 
     def __post_init__(self) -> None:
         if self.init_scale is not None and not 0 < self.init_scale <= 100:
             raise UserError(f"--init-scale {self.init_scale} must lie in (0, 100]")
+        _at_least_one(self, "embed_dim", "image_size")
+        self._check_towers()
+
+    def _check_towers(self) -> None:
+        kinds = {"image_tower": "timm", "text_tower": "hf"}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value is not None and (not value.startswith(f"{kind}/") or value == f"{kind}/"):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {value!r}: spell it {kind}/NAME or {kind}/FOLDER")
+        if (self.image_tower is None) != (self.text_tower is None):
+            raise UserError("--image-tower timm/NAME and --text-tower hf/NAME go together")
+        if self.image_tower is None:
+            for name in TOWER_OPTIONS:
+                if getattr(self, name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{flag} goes with --image-tower and --text-tower")
+            return
+        for name, default in (("model", ModelConfig.model), ("pretrained", None)):
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} and --image-tower both say what the model "
+                    "is; leave one out"
+                )
+        if self.context_length is not None and self.context_length < 3:
+            raise UserError(f"--context-length {self.context_length} must be at least 3")
+
+    @property
+    def name(self) -> str:
+        """What the model is called; of local folders the last part alone.
+
+        >>> ModelConfig(image_tower="timm/resnet50", text_tower="hf//home/ada/distilbert").name
+        'timm/resnet50 + hf/distilbert'
+        """
+        if self.image_tower is None or self.text_tower is None:
+            return self.model
+        return " + ".join(
+            f"{kind}/{Path(rest).name}" if rest.startswith(("/", ".", "~")) else f"{kind}/{rest}"
+            for kind, _, rest in (t.partition("/") for t in (self.image_tower, self.text_tower))
+        )
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether every weight is drawn at random at the start."""
+        if self.image_tower is None:
+            return self.pretrained is None
+        return self.image_weights == self.text_weights == "random"
 
 
 @dataclass(frozen=True)
@@ -659,7 +736,7 @@ class TrainConfig(Generic[Options]):
 
     @property
     def lr(self) -> float:
-        return self.optim.lr or (5e-4 if self.model.pretrained is None else 5e-5)
+        return self.optim.lr or (5e-4 if self.model.from_scratch else 5e-5)
 
 
 Task = Literal["retrieval", "zeroshot", "compositional", "probe"]
@@ -868,7 +945,7 @@ def _cast(kind: Any, value: Any) -> Any:
     """Give a TOML or JSON value the type its field declares; refuse what does not fit."""
     if value is None or kind is Any:
         return value
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the latter of Literal | None
         return _cast(next(k for k in typing.get_args(kind) if k is not type(None)), value)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from superclip.errors import UserError
+from superclip.model.grid import grid_width, pooled_and_mean
 from superclip.model.output import ClipOutput
 
 
@@ -52,7 +53,7 @@ class SuperCLIP(nn.Module):
     """An open_clip model, its normalisation and the token head under one forward.
 
     Args:
-        clip: an open_clip `CLIP` with a native vision transformer where a token head reads patches.
+        clip: an open_clip `CLIP`, or another model with its methods.
         mean, std: of the pictures' channels in [0, 1].
         token_head: or None.
         normalize: whether `forward` brings features to unit length, as `encode_*` always do; not
@@ -93,15 +94,12 @@ class SuperCLIP(nn.Module):
         Raises:
             UserError: if the tower has no patch tokens.
         """
-        if not hasattr(self.clip.visual, "forward_intermediates") or not self.patch_width:
-            raise UserError("this vision tower has no patch tokens; only its pooled feature")
         return self._pooled_and_patches(self.normalise(images))
 
-    @property
+    @cached_property
     def patch_width(self) -> int:
-        """Width of the vision tower's tokens; 0 where it is no native transformer."""
-        embedding = getattr(self.clip.visual, "class_embedding", None)
-        return 0 if embedding is None else len(embedding)
+        """Width of the vision tower's patch tokens; 0 where it has none."""
+        return grid_width(self.clip.visual)
 
     @property
     def feature_width(self) -> int:
@@ -138,11 +136,8 @@ class SuperCLIP(nn.Module):
         return self._pooled_and_patches(pixels)
 
     def _pooled_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.clip.visual.forward_intermediates(
-            pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
-        )
-        means = out["image_intermediates"][-1].mean(1)
-        return F.normalize(out["image_features"], dim=-1), means
+        features, means = pooled_and_mean(self.clip.visual, pixels)
+        return F.normalize(features, dim=-1), means
 
     def _read(self, tokens: Tensor) -> Tensor:
         return self._scaled(self.clip.encode_text(tokens))

@@ -22,6 +22,7 @@ from superclip.data.stream import Stream
 from superclip.errors import UserError, nearest
 from superclip.evaluation.encode import Encoder
 from superclip.losses import LOSSES, LossContext, build_loss
+from superclip.model.adopt import adopt_towers
 from superclip.model.factory import (
     activation_name,
     build_clip,
@@ -31,6 +32,7 @@ from superclip.model.factory import (
     special_ids,
     tokenizer,
 )
+from superclip.model.grid import grid_width
 from superclip.model.superclip import SuperCLIP, TokenHead
 from superclip.model.weights import state_sha256
 from superclip.ops.precision import concrete_precision
@@ -75,8 +77,7 @@ def build_run(
         torch.use_deterministic_algorithms(True)
     data = config.data
     source, order = _training_data(config)
-    architecture = model_config(config.model.model)
-    clip, tag = _initial_clip(config, architecture)
+    architecture, clip, tag = _initial_clip(config)
     preprocess = preprocess_for(architecture, data.resize, tag)
     bpe = tokenizer(architecture)
     tokenize = tokenizer_for(bpe)
@@ -105,7 +106,8 @@ def build_run(
         "data_name": source.name,
         "commit": commit(),
         "versions": {
-            name: version(name) for name in ("torch", "open_clip_torch", "numpy", "pillow")
+            name: version(name)
+            for name in ("torch", "open_clip_torch", "numpy", "pillow", *_of_towers(config))
         },
         "world_size": world.size,
         "threads": torch.get_num_threads(),
@@ -214,18 +216,6 @@ def open_tracker(run: Run, state: TrainState) -> Run:
     return dataclasses.replace(run, tracker=tracker)
 
 
-def _initial_clip(
-    config: TrainConfig[Any], architecture: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    if config.model.pretrained is None:
-        return build_clip(architecture, config.seed, config.init_scale), {}
-    clip = build_clip(architecture, config.seed)
-    tag = load_pretrained(clip, config.model.model, architecture, config.model.pretrained)
-    if config.model.init_scale is not None:
-        torch.nn.init.constant_(clip.logit_scale, math.log(config.model.init_scale))
-    return clip, tag
-
-
 def _refuse_unmet(config: TrainConfig[Any], source: Source | Stream) -> None:
     """Raises UserError if the data can't supply what the loss needs."""
     if "ids" in LOSSES[config.loss].needs and isinstance(source, Stream):
@@ -233,6 +223,26 @@ def _refuse_unmet(config: TrainConfig[Any], source: Source | Stream) -> None:
             f"--loss {config.loss} keeps numbers of every sample, and a stream's have no row of "
             "their own; read the shards as files"
         )
+
+
+def _of_towers(config: TrainConfig[Any]) -> tuple[str, ...]:
+    """Packages that decide what the two towers of other libraries compute."""
+    return () if config.model.image_tower is None else ("timm", "transformers", "tokenizers")
+
+
+def _initial_clip(config: TrainConfig[Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Model configuration, model, and what is known of the pictures it was made for."""
+    options = config.model
+    if options.image_tower is not None:
+        return adopt_towers(options, config.seed, config.init_scale)
+    architecture = model_config(options.model)
+    if options.pretrained is None:
+        return architecture, build_clip(architecture, config.seed, config.init_scale), {}
+    clip = build_clip(architecture, config.seed)
+    tag = load_pretrained(clip, options.model, architecture, options.pretrained)
+    if options.init_scale is not None:
+        torch.nn.init.constant_(clip.logit_scale, math.log(options.init_scale))
+    return architecture, clip, tag
 
 
 def _token_head(
@@ -248,19 +258,12 @@ def _token_head(
         return None
     options = config.options
     assert isinstance(options, SuperClipOptions)
-    native = (
-        hasattr(clip.visual, "forward_intermediates")
-        and "timm_model_name" not in architecture["vision_cfg"]
-    )
-    if options.head_input == "patches" and not native:
+    patches = options.head_input == "patches"
+    width = grid_width(clip.visual) if patches else architecture["embed_dim"]
+    if not width:
         raise UserError(
-            f"--model {config.model.model} has no patch tokens to read; use --head-input pooled"
+            f"{config.model.name} ends in no grid of patches to read; use --head-input pooled"
         )
-    width = (
-        architecture["vision_cfg"]["width"]
-        if options.head_input == "patches"
-        else architecture["embed_dim"]
-    )
     ids = None
     if options.head_vocab == "seen":
         if isinstance(source, Stream):

@@ -172,6 +172,11 @@ def _load(run: Run, state: TrainState, path: Path) -> None:
             f"{path} was trained on {content['facts']['data_name']} as it was then; "
             f"{run.config.data.train_data} holds other data now; use another --out"
         )
+    if content["model_config"] != run.model_config:
+        raise UserError(
+            f"{path} is of another architecture or tokenizer than {run.config.model.name} is now; "
+            "bring the old one back, or use another --out"
+        )
     training = content.get("training")
     if training is None:
         raise UserError(f"{path} holds no training state; delete it, or use another --out")
