@@ -25,7 +25,7 @@ FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, Assertion
 
 
 def adopt_towers(
-    options: ModelConfig, seed: int, init_scale: float
+    options: ModelConfig, seed: int, init_scale: float = 1 / 0.07
 ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """Look up both towers, build them, load their weights and see that they work.
 
