@@ -76,7 +76,7 @@ def test_flat_names_do_not_collide():
         ("--batch-size x", "--batch-size"),
         ("--batch-size 0", "--batch-size 0 must be at least 1"),
         ("--precision fp8", "amp_bf16"),
-        ("--recipe nope", "scenes-clip"),
+        ("--recipe nope", "--recipe list"),
         ("--config nope.toml", "nope.toml"),
         ("--token-weight 0", "use --loss clip"),
         ("--aug-scale 0.9 0.5", "low <= high"),
