@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from interp.config import Kind, SweepConfig
 from interp.grounding import baselines, metrics
@@ -38,14 +37,16 @@ from superclip.errors import UserError
 from superclip.model.factory import build_clip
 from superclip.model.superclip import SuperCLIP
 from superclip.model.weights import state_sha256
+from superclip.progress import progress
 
 SALIENCY = {
     "mean colour distance": baselines.mean_colour_distance,
     "colour distance": baselines.colour_distance,
     "patch contrast": baselines.patch_contrast,
 }
+JUDGED = "discovery", "validation"
 FEWEST = 20
-"""Pictures that each of discovery and validation needs at least."""
+"""Pictures that each of them needs at least."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,12 @@ def collect(
     wanted = [row for row in scorable if keys[row] not in trained_on]
     counts["confirm_set_aside"] = len(rows) - len(scorable)
     counts["trained_on"] = len(scorable) - len(wanted)
+    _refuse_few(source, Counter(assign_split(keys[row]) for row in wanted), counts, trained_on)
     collector = _Collector(subject, config, device)
     seen: set[bytes] = set()
     steps = -(-len(wanted) // config.batch_size)
     batches = read_batches(source, subject.preprocess, wanted, config.batch_size)
-    for pixels, records in tqdm(batches, total=steps, unit="batch", desc="sweep", disable=None):
+    for pixels, records in progress(batches, "sweep", steps, unit="batch"):
         fresh = []
         for position, (picture, record) in enumerate(zip(pixels, records)):
             if not _has_target(record, subject.preprocess):
@@ -111,18 +113,29 @@ def collect(
         if fresh:
             collector.add(pixels[fresh], [records[i] for i in fresh])
     names = [assign_split(r.key) for r in collector.records]
-    for name in ("discovery", "validation"):
-        counts[name] = names.count(name)
-        if counts[name] < FEWEST:
-            raise UserError(
-                f"{source.name}: only {counts[name]} pictures for {name}, {FEWEST} are needed "
-                f"({_tell(counts)}); give more pictures"
-            )
+    _refuse_few(source, Counter(names), counts, trained_on)
+    counts.update({name: names.count(name) for name in JUDGED})
     return _results(collector, source, names, counts)
 
 
-def _tell(counts: Counter[str]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sorted(counts.items()))
+def _refuse_few(
+    source: Source, held: Counter[str], counts: Counter[str], trained_on: frozenset[str]
+) -> None:
+    """Raises UserError if discovery or validation has too few pictures; names the least --num of
+    this source that may do, where one does."""
+    short = next((name for name in JUDGED if held[name] < FEWEST), None)
+    if short is None:
+        return
+    fresh = [assign_split(key) if key not in trained_on else "" for key in source.keys]
+    at = [[k for k, split in enumerate(fresh, 1) if split == name] for name in JUDGED]
+    enough = all(len(rows) >= FEWEST for rows in at)
+    least = max(rows[FEWEST - 1] for rows in at) if enough else 0
+    way_out = f"--num {least} or more" if least > counts["listed"] else "give more pictures"
+    told = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sorted(counts.items()))
+    raise UserError(
+        f"{source.name}: only {held[short]} pictures for {short}, {FEWEST} are needed ({told}); "
+        f"{way_out}"
+    )
 
 
 def read_batches(

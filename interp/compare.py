@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.config import CompareConfig
-from superclip.errors import run_command
+from superclip.errors import UserError, run_command
 
 SHOWN = 15
 MEASURES = {
@@ -42,22 +42,31 @@ def main(argv: list[str]) -> None:
     config = parse(CompareConfig, argv, "python -m interp.compare", DESCRIPTION, known=known)
     report, path = compare_one(config)
     print(render(report))
-    print(f"\nwritten: {path}")
+    print(f"\nreport: {path}")
 
 
 def compare_one(config: CompareConfig) -> tuple[dict[str, Any], Path]:
-    """Compare and write; returns the report and its file.
+    """The report and its file: one that stands, or a new one.
+
+    A file's name is a hash of all that decides its content, so what stands is what is asked for.
 
     Raises:
-        UserError: see `open_sides` and `claim`.
+        UserError: see `open_sides` and `claim`; or if the file can't be read.
     """
-    from interp.comparison import compare, open_sides
+    from interp.comparison import SCHEMA, compare, open_sides
     from interp.swept import claim, write_report
 
     sides = open_sides(config)
-    shas = [[tower.facts["sha256"] for tower in side] for side in sides]
-    tag = hashlib.sha256(json.dumps([shas, config.seed, config.draws]).encode()).hexdigest()[:8]
-    path = claim(replace(config, results=sides[0][0].folder), f"compare-{tag}.json")
+    towers = [[tower.identity for tower in side] for side in sides]
+    asked = json.dumps([SCHEMA, towers, config.kind, config.seed, config.draws])
+    tag = hashlib.sha256(asked.encode()).hexdigest()[:8]
+    path = sides[0][0].folder / f"compare-{tag}.json"
+    if path.exists() and not config.overwrite:
+        try:
+            return json.loads(path.read_text()), path
+        except ValueError:
+            raise UserError(f"{path} can't be read; --overwrite writes it again") from None
+    claim(replace(config, results=path.parent), path.name)
     report = compare(*sides, config)
     write_report(path, report)
     return report, path

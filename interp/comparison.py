@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,12 @@ class Tower:
     @property
     def facts(self) -> dict[str, Any]:
         return self.results.manifest["checkpoint"]
+
+    @cached_property
+    def identity(self) -> list[str]:
+        """Hashes of the sweep and of the ablation beside it, if there is one."""
+        found = [self.folder / name for name in ("results.json", "ablation.json")]
+        return [hashlib.sha256(p.read_bytes()).hexdigest() for p in found if p.is_file()]
 
     @cached_property
     def judges(self) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from interp.config import PatchConfig
 from interp.heads import Head
 from superclip.errors import UserError, replacing, run_command
+from superclip.progress import progress
 
 if TYPE_CHECKING:
     from interp.causal.pairs import Pair
@@ -121,7 +122,6 @@ def _measure(swept: Swept, pairs: Sequence[Pair], config: PatchConfig) -> dict[s
     """Fields of `Patched` and the gap; single patches as their means inside and outside objects,
     behind the groups."""
     import torch
-    from tqdm import tqdm
 
     from interp.causal.patching import margin_directions, patch_batch
 
@@ -134,7 +134,7 @@ def _measure(swept: Swept, pairs: Sequence[Pair], config: PatchConfig) -> dict[s
     run = partial(
         patch_batch, every_patch=config.every_patch, max_memory=int(config.max_memory * 2**30)
     )
-    for start in tqdm(range(0, len(pairs), config.batch_size), "patching", disable=None):
+    for start in progress(range(0, len(pairs), config.batch_size), "patching", unit="batch"):
         some = pairs[start : start + config.batch_size]
         clean = normalise(tensor(p.clean for p in some))
         corrupted = normalise(tensor(p.corrupted for p in some))

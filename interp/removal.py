@@ -15,6 +15,7 @@ import numpy as np
 from interp.config import AblateConfig
 from interp.heads import Head
 from superclip.errors import UserError, nearest
+from superclip.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -242,8 +243,6 @@ def fill_bank(
     swept: Swept, ablation: Ablation, units: Sequence[Unit], patches: bool, config: AblateConfig
 ) -> AblationBank:
     """Embeddings of the validation pictures without each unit, computed where they are missing."""
-    from tqdm import tqdm
-
     from interp.causal.bank import AblationBank, BankKey
     from interp.causal.units import derangements
 
@@ -269,9 +268,7 @@ def fill_bank(
         named = [[rows[k] for k in chunk] for chunk in chunks]
         return swept.pictures(named)
 
-    with tqdm(
-        desc=f"{kind} ablation of {len(units)}", total=left, unit="batch", disable=None
-    ) as bar:
+    with progress(desc=f"{kind} ablation of {len(units)}", total=left, unit="batch") as bar:
         bank.compute(swept.tower, pictures, int(config.max_memory * 2**30), bar.update)
     return bank
 

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from open_clip import SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
-from tqdm import tqdm
 
 from interp.collect import Subject, read_batches
 from interp.config import OfSweep
@@ -36,6 +35,7 @@ from superclip.model.factory import tokenizer
 from superclip.model.superclip import SuperCLIP
 from superclip.model.weights import newest_checkpoint
 from superclip.ops.world import choose_device
+from superclip.progress import progress
 
 Images = Float[Tensor, "_ 3 height width"]
 
@@ -83,7 +83,7 @@ class Swept:
         """Normalised pictures on the device, in the order of `rows`, with a bar called `what`."""
         size = self.batch_size
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        yield from tqdm(self.pictures(chunks), what, len(chunks), unit="batch", disable=None)
+        yield from progress(self.pictures(chunks), what, len(chunks), unit="batch")
 
     def pictures(self, chunks: Iterable[Sequence[int]]) -> Iterator[Images]:
         """Normalised pictures on the device, one batch a list of rows."""
@@ -151,6 +151,8 @@ def open_swept(config: OfSweep) -> Swept:
     if ckpt is None and config.model is None:
         ckpt = newest_checkpoint(Path("logs"))
     folder = config.results or default_folder(ckpt)
+    if ckpt is not None and not ckpt.exists():
+        raise UserError(f"--ckpt {ckpt} does not exist; train first, or name another")
     results = SweepResults.load(folder)
     subject, run = open_subject(ckpt, config.model, config.pretrained)
     if subject.facts["sha256"] != results.manifest["checkpoint"]["sha256"]:
@@ -198,14 +200,19 @@ def standing(
     path = beside(config, name)
     if config.overwrite or not path.is_file():
         return None
-    wanted = {"schema": schema, "asked": asked} | open_swept(config).tie
+    wanted = {"schema": schema} | open_swept(config).tie
     try:
         report = json.loads(path.read_text())
         unlike = [key for key in wanted if report.get(key) != wanted[key]]
-    except (ValueError, AttributeError):
+        held = report["asked"]
+        unlike += [f"--{k.replace('_', '-')}" for k in asked if held.get(k) != asked[k]]
+    except (ValueError, LookupError, AttributeError, TypeError):
         unlike, report = ["content"], {}
     if unlike:
-        raise UserError(f"{path} is another report ({unlike[0]} differs); --overwrite replaces it")
+        raise UserError(
+            f"{path} is another report (other {', '.join(unlike)}); --overwrite "
+            "(overwrite=True) replaces it"
+        )
     return report
 
 

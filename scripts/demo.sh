@@ -18,7 +18,7 @@ arms=(superclip clip)
 both() { # run one command per arm side by side; the output follows when both are done
     local title=$1 status=0
     shift
-    echo "== $title"
+    echo "== $title (watch it: tail -f $out/*.${title// /-}.log)"
     local pids=()
     for arm in "${arms[@]}"; do
         "$@" "$arm" >"$out/$arm.${title// /-}.log" 2>&1 &
@@ -45,16 +45,17 @@ both evaluate evaluate
 both sweep sweep
 both ablate ablate
 for arm in "${arms[@]}"; do
-    printf '\n===== %s\n\n' "$arm"
-    cat "$out/$arm.evaluate.log"
-    echo
-    cat "$out/$arm.sweep.log"
-    echo
-    cat "$out/$arm.ablate.log"
+    printf '\n===== %s (all of it: %s.{evaluate,sweep,ablate}.log)\n' "$arm" "$out/$arm"
+    grep -E 'measure|R@1 ' "$out/$arm.evaluate.log"
+    head -n 9 "$out/$arm.sweep.log"
 done
+printf '\n===== both\n'
+python -m interp.compare "$out"/{superclip,clip}/final_epoch.pt --threads 1 >"$out/compare.log"
+sed -n '1,/^chance/p' "$out/compare.log"
+echo "(head by head: $out/compare.log; one seed an arm describes these two files, not the two losses)"
 echo
-python -m interp.report "$out/superclip/sweep" "$out/clip/sweep" --out "$out/report.html"
-echo "demo: $((SECONDS - began)) s wall, installation aside"
+python -m interp.report "$out/superclip/sweep" "$out/clip/sweep" --out "$out/report.html" | grep written
+echo "demo: $((SECONDS - began)) s wall, installation aside; now open $out/report.html"
 python - "$out" <<'PY'
 import json
 import sys

@@ -13,6 +13,7 @@ import tyro
 
 from superclip.errors import UserError, nearest, run_command
 from superclip.flags import parse
+from superclip.progress import progress
 
 if TYPE_CHECKING:
     from superclip.data.batch import Record
@@ -161,10 +162,8 @@ def _samples(
     name: str, sources: Iterable[CocoFolder], keep: Callable[[str], bool]
 ) -> Iterator[tuple[Record, list[int]]]:
     """Records with the published ids of their captions."""
-    from tqdm import tqdm
-
     rows = [(source, row) for source in sources for row, key in enumerate(source.keys) if keep(key)]
-    for source, row in tqdm(rows, desc=name, unit="picture", disable=None):
+    for source, row in progress(rows, name, unit="picture"):
         record = source.read(row)
         yield record, [source.caption_ids[caption] for caption in record.caption_rows]
 

@@ -139,11 +139,13 @@ def _said(results: SweepResults, findings: Findings, head: Head, i: int) -> tupl
 
 
 def frames(
-    results: SweepResults, findings: Findings, challenger: Head
+    results: SweepResults, findings: Findings, challenger: Head, most: int | None = None
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """Champion against challenger: one frame a picture, all on one colour scale."""
+    """Champion against challenger: one frame a picture, the first `most` of them, all on one
+    colour scale."""
     norm = scale(results, [findings.champion, challenger])
-    return [_pixels(duel(results, findings, challenger, i, norm)) for i in range(shown(results))]
+    pictures = range(shown(results))[:most]
+    return [_pixels(duel(results, findings, challenger, i, norm)) for i in pictures]
 
 
 def layer_frames(

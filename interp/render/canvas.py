@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from unicodedata import category
 
 import matplotlib
 from matplotlib import font_manager
@@ -65,13 +67,24 @@ def place(figure: Figure, left: float, top: float, width: float, height: float) 
 
 
 def write(figure: Figure, left: float, top: float, text: str, **style: object) -> None:
-    """Text with its upper left corner at a place in inches; no dollar sign starts a formula, and a
-    letter that the font lacks becomes a box."""
+    """Text with its upper left corner at a place in inches; no dollar sign starts a formula."""
     across, down = figure.get_size_inches()
-    known = _letters()
-    text = "".join(c if c == "\n" or ord(c) in known else "\u25a1" for c in text)
     style = {"va": "top", "parse_math": False} | style
-    figure.text(left / across, 1 - top / down, text, **style)  # pyright: ignore[reportArgumentType]
+    figure.text(left / across, 1 - top / down, printable(text), **style)  # pyright: ignore[reportArgumentType]
+
+
+def printable(text: str) -> str:
+    """The text with a box for each letter that the font lacks and for marks that turn the writing
+    around; words written from right to left keep to themselves, so that numbers beside them stand
+    in their order."""
+    known, right_to_left = _letters(), "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]"
+    kept = "".join(
+        c if c == "\n" or (ord(c) in known and category(c) != "Cf") else "\u25a1" for c in text
+    )
+    if not re.search(right_to_left, kept):
+        return kept
+    mark = "\u200e"  # left to right, without width
+    return mark + re.sub(rf"{right_to_left}(?:\s*{right_to_left})*", rf"\g<0>{mark}", kept)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from typing import Any
 
 import matplotlib
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from interp.analysis import Findings
+from interp.analysis import Baseline, Findings
 from interp.heads import Head
 from interp.render import figures, gallery
 from interp.render.words import count, number, p_value, percent, span, subject
@@ -22,26 +23,41 @@ QUALITY = 90
 """Of the JPEG of a picture too large for a PNG."""
 
 LARGEST_PNG = 100  # pixels a side
+PLACES = 9  # of a value in the page, far behind the four that are shown
 
 Rows = list[list[float | None]]
 
 
 def explorer(
-    results: SweepResults, findings: Findings, ablation: dict[str, Any] | None
+    results: SweepResults,
+    findings: Findings,
+    ablation: dict[str, Any] | None,
+    largest_bytes: int = 3_000_000,
 ) -> dict[str, Any]:
     """One sweep as the explorer shows it.
 
+    Args:
+        largest_bytes: that pictures and maps together may take; pictures beyond are left out.
+
     Returns:
         `name`, `layers`, `heads`, `grid`, `champion`, `significant` (heads by name); `metrics`,
-        each with values by split and the `chance` that its colours turn around; `facts`, lines of
-        words by head; `baselines`, lines of words; `pictures`, with boxes as shares of the side;
-        `maps`, the attention of every head on them in 255ths of the head's `largest`.
+        each with values by split, the `chance` that its colours turn around and `levels` of
+        baselines (kind, name, value on validation); `facts`, lines of words by head; `baselines`,
+        lines of words; `kept`, how many pictures the sweep kept, and of them `pictures`, those that
+        fit, with boxes as shares of the side; `maps`, the attention of every head on them in 255ths
+        of the head's `largest`.
     """
     layers, heads = results.shape
     every = [Head(layer, index) for layer in range(layers) for index in range(heads)]
     metrics = [*_scored(results, findings), *_causal(results, ablation)]
     marked = figures.significant(findings)
-    pictures = [_picture(results, i) for i in range(gallery.shown(results))]
+    pictures, room = [], largest_bytes
+    for i in range(gallery.shown(results)):
+        picture = _picture(results, i)
+        room -= len(json.dumps(picture)) + layers * heads * results.maps.shape[-1] * 4 // 3
+        if room < 0:
+            break
+        pictures.append(picture)
     maps = results.maps[results.gallery_rows[: len(pictures)]].astype(np.float64)
     largest = maps.max(axis=(0, 3), initial=0)
     scaled = maps / np.where(largest > 0, largest, 1)[None, ..., None]
@@ -55,8 +71,9 @@ def explorer(
         "metrics": metrics,
         "facts": {str(h): _facts(h, results, findings, ablation) for h in every},
         "baselines": _baselines(findings),
+        "kept": len(results.gallery_rows),
         "pictures": pictures,
-        "largest": largest.tolist(),
+        "largest": largest.round(PLACES).tolist(),
         "maps": base64.b64encode(np.rint(255 * scaled).astype(np.uint8).tobytes()).decode(),
     }
 
@@ -71,33 +88,39 @@ def colours() -> dict[str, str]:
     }
 
 
-def _baselines(findings: Findings) -> list[list[str]]:
-    """Name, in-box mass and excess: of the fixed maps and the own prior, and the strongest map made
-    from pixels and the strongest untrained tower."""
+def _shown(findings: Findings) -> list[tuple[str, Baseline]]:
+    """Names and rows of the fixed maps and the own prior, and of the strongest map made from pixels
+    and the strongest untrained tower."""
     rows, strongest = findings.baselines, []
     for kind in ("pixels", "untrained"):
         own = [row for row in rows if row.kind == kind and row.excess]
         strongest += sorted(own, key=lambda row: -row.excess.estimate if row.excess else 0)[:1]
     kept = [row for row in rows if row.kind == "fixed" or row.name.startswith("own prior")]
     return [
-        [
-            row.name.partition(" (")[0] if row.kind != "pixels" else f"strongest: {row.name}",
-            span(row.mass),
-            span(row.excess, 4) if row.excess else "0 by definition",
-        ]
+        (row.name.partition(" (")[0] if row.kind != "pixels" else f"strongest: {row.name}", row)
         for row in [*kept, *strongest]
+    ]
+
+
+def _baselines(findings: Findings) -> list[list[str]]:
+    """Name, in-box mass and excess of each baseline shown."""
+    return [
+        [name, span(row.mass), span(row.excess, 4) if row.excess else "0 by definition"]
+        for name, row in _shown(findings)
     ]
 
 
 def _scored(results: SweepResults, findings: Findings) -> list[dict[str, Any]]:
     """Means over pictures of each split; on validation with a band over all heads."""
     verdict, judged = findings.verdict, results.rows("validation")
-    chosen = results.rows("discovery")
+    chosen, rows = results.rows("discovery"), _shown(findings)
+    excess = [[row.kind, name, row.excess.estimate] for name, row in rows if row.excess]
+    mass = [[row.kind, name, row.mass.estimate] for name, row in rows if name != "uniform"]
     found = [
-        _metric(
-            "excess over own prior", 0.0, 4, verdict.discovery.mean, verdict.band, verdict.band.n
-        )
+        _metric("excess over own prior", 0.0, 4, verdict.discovery.mean, verdict.discovery.n)
+        | _judged(verdict.band)
     ]
+    found[0]["levels"] += excess
     scores = {
         "in-box mass": (results.metrics["in_box_mass"], findings.area.estimate),
         "patch AUROC": (results.metrics["patch_auroc"], 0.5),
@@ -109,28 +132,26 @@ def _scored(results: SweepResults, findings: Findings) -> list[dict[str, Any]]:
     stratum = results.stratum[judged].astype(np.int64)
     for name, (values, chance) in scores.items():
         own = values[judged].astype(np.float64)
-        whole = np.isfinite(own).all(axis=(1, 2))  # a picture without a defined AUROC
-        band = simultaneous_band(own, np.where(whole, stratum, -1), 1, draws, seed)
+        whole = np.isfinite(values).all(axis=(1, 2))  # not a picture without a defined AUROC
+        band = simultaneous_band(own, np.where(whole[judged], stratum, -1), 1, draws, seed)
         mean = np.nanmean(values[chosen].astype(np.float64), axis=0)
-        found.append(_metric(name, chance, 3, mean, band, band.n))
+        found.append(_metric(name, chance, 3, mean, int(whole[chosen].sum())) | _judged(band))
+    found[1]["levels"] += mass
     return found
 
 
 def _metric(
-    name: str, chance: float | None, digits: int, discovery: np.ndarray, band: Band, n: int
+    name: str, chance: float | None, digits: int, discovery: np.ndarray | None, n: int = 0
 ) -> dict[str, Any]:
-    return {
-        "name": name,
-        "chance": chance,
-        "digits": digits,
-        "discovery": discovery.tolist(),
-        "validation": {
-            "estimate": band.estimate.tolist(),
-            "low": band.low.tolist(),
-            "high": band.high.tolist(),
-            "n": n,
-        },
-    }
+    own = None if discovery is None else {"estimate": discovery.round(PLACES).tolist(), "n": n}
+    levels = [] if chance is None else [["chance", "chance", chance]]
+    facts = {"name": name, "chance": chance, "digits": digits, "levels": levels}
+    return facts | {"discovery": own}
+
+
+def _judged(band: Band) -> dict[str, Any]:
+    values = {name: getattr(band, name).round(PLACES) for name in ("estimate", "low", "high")}
+    return {"validation": {k: v.tolist() for k, v in values.items()} | {"n": band.n}}
 
 
 def _causal(results: SweepResults, ablation: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -145,11 +166,8 @@ def _causal(results: SweepResults, ablation: dict[str, Any] | None) -> list[dict
         own = {head: of["direct"] for head, of in estimates.get("heads", {}).items()}
         found.append((f"direct effect, {kind}", own))
     return [
-        {
-            "name": name,
-            "chance": 0.0,
-            "digits": 4,
-            "discovery": None,
+        _metric(name, 0.0, 4, None)
+        | {
             "validation": {
                 key: _grid(results, {head: row[key] for head, row in rows.items()})
                 for key in ("estimate", "low", "high")
@@ -225,5 +243,5 @@ def _picture(results: SweepResults, i: int) -> dict[str, Any]:
         "src": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}",
         "boxes": (gallery.boxes(results, i) / side).round(4).tolist(),
         "area": number(gallery.box_area(results, i)),
-        "mass": results.metrics["in_box_mass"][row].astype(np.float64).round(6).tolist(),
+        "mass": [[round(v, 3) for v in la] for la in results.metrics["in_box_mass"][row].tolist()],
     }

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from interp.render.canvas import LIGHT, Theme, place, themed, write
-from interp.render.words import count, plural
+from interp.render.canvas import LIGHT, Theme, place, printable, themed, write
+from interp.render.words import count, plural, short
 
 ACROSS, WIDTH, HEIGHT, GAP = 4, 1.85, 1.2, 0.45
 
@@ -18,17 +18,16 @@ def lens_figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     """R^2, mean AUC and the AUC of each word, in small panels."""
     panels = [("R²", None, report["r2"]), ("AUC, mean over words", 0.5, report["mean"]["auc"])]
     panels += [
-        (f"{row['concept']} ({row['with']} / {row['without']})", 0.5, row["auc"])
+        (f"{short(row['concept'], 14)} ({row['with']} / {row['without']})", 0.5, row["auc"])
         for row in report["concepts"]
     ]
     down = -(-len(panels) // ACROSS)
     height = 1.1 + down * (HEIGHT + GAP)
     with themed(theme):
         figure = Figure(figsize=(ACROSS * (WIDTH + GAP) + 0.4, height))
-        title = (
-            f"{report['model']}: what each layer's reading says of words (lens: {report['lens']})"
-        )
+        title = f"What each layer's reading says of words (lens: {report['lens']})"
         write(figure, 0.15, 0.12, title, size=10.5, weight="bold")
+        write(figure, 3.25, 0.4, short(report["model"]), size=8, color=theme.muted)
         colours = (theme.pixels, theme.muted, theme.towers)
         for k, (form, style) in enumerate(zip(report["forms"], ("-", ":", "--"))):
             text = f"{'─' if style == '-' else '┄'} {form}"
@@ -37,7 +36,7 @@ def lens_figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure:
             row, column = divmod(k, ACROSS)
             left, top = 0.45 + column * (WIDTH + GAP), 0.9 + row * (HEIGHT + GAP)
             axes = place(figure, left, top, WIDTH, HEIGHT)
-            axes.set_title(name, size=8, loc="left", pad=3)
+            axes.set_title(printable(name), size=8, loc="left", pad=3, parse_math=False)
             for form, style, colour in zip(report["forms"], ("-", ":", "--"), colours):
                 _curve(axes, curves[form], style, colour)
             if chance is not None:

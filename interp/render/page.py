@@ -28,7 +28,8 @@ from interp.stats.intervals import Interval
 LARGEST = 10_000_000
 """Bytes that a page stays below; base64 takes four for three."""
 
-_RESERVED = 400_000  # text, tables and the two figures of a sheet
+_RESERVED = (150_000, 1_000)  # text, tables and their data: of a sheet, and of each of its heads
+_FRAMES = 12  # of the page's animation: 18 seconds
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,31 @@ def draw(
         challenger: the head set against the champion; None for a tower of one head.
         sheets: how many share the page, and with it the bytes.
     """
-    champion = findings.champion
+    champion, room = findings.champion, LARGEST // sheets
+    for dpi in (DPI, 100, 60):
+        picture = png(gallery.gallery(results, champion), dpi)
+        if len(picture) * 4 / 3 < 0.4 * room:
+            break
     pictures = Picture(
-        png(gallery.gallery(results, champion), 160 if sheets < 3 else 100),
+        picture,
         f"Pictures with their boxes beside the attention of {champion}",
         gallery.caption(results, champion),
     )
-    room = LARGEST * 3 // 4 // sheets - len(pictures.light) - _RESERVED
+    heat_map = _themed(figures.heat_map, results, findings, figures.heat_map_marks(findings))
+    layers = _themed(
+        figures.layers_plot,
+        results,
+        findings,
+        "Excess of every head by layer, with lines for the baselines; the tables hold the values",
+    )
+    further = [*_further(beside)]
+    explored = explorer(results, findings, beside["ablation"], room // 3)
+    room -= _RESERVED[0] + _RESERVED[1] * len(findings.heads) + len(_json(explored))
+    drawn = [pictures, heat_map, layers, *(figure for _, figure in further)]
+    room -= sum(len(p.light) + len(p.dark) for p in drawn) * 4 // 3
     moving = None
     if challenger is not None and gallery.shown(results):
-        moving = _animate(results, findings, challenger, min(room, animation.LARGEST))
+        moving = _animate(results, findings, challenger, min(room * 3 // 4, animation.LARGEST))
     return Sheet(
         slug,
         results,
@@ -190,18 +206,12 @@ def draw(
         evaluation,
         beside,
         category_rows(results, champion),
-        _themed(figures.heat_map, results, findings, figures.heat_map_marks(findings)),
-        _themed(
-            figures.layers_plot,
-            results,
-            findings,
-            "Excess of every head by layer, with lines "
-            "for the baselines; the tables hold the values",
-        ),
+        heat_map,
+        layers,
         pictures,
         moving,
-        explorer(results, findings, beside["ablation"]),
-        [*_further(beside)],
+        explored,
+        further,
     )
 
 
@@ -223,13 +233,14 @@ def _themed(figure: Any, results: SweepResults, findings: Findings, alt: str) ->
 
 
 def _animate(results: SweepResults, findings: Findings, challenger: Head, largest: int) -> Picture:
-    frames = animation.frames(results, findings, challenger)
-    moving, kept = animation.gif(frames, largest)
+    frames = animation.frames(results, findings, challenger, _FRAMES)
+    still = iio.imwrite("<bytes>", frames[0], extension=".png")
+    moving, kept = animation.gif(frames, largest - len(still))
     return Picture(
         moving,
         f"Attention of {findings.champion} and of {challenger} on the same pictures, in turn",
         animation.caption(results, findings, challenger, kept),
-        still=iio.imwrite("<bytes>", frames[0], extension=".png"),
+        still=still,
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from interp.heads import Head
 from interp.render.canvas import LIGHT, Theme, place, themed, write
 from interp.render.figures import MAP
-from interp.render.words import ALPHA, count, span
+from interp.render.words import ALPHA, count, short, span
 
 TITLES, DIRECTIONS = ("output", "where it looks", "what it finds"), ("denoise", "noise")
 
@@ -59,8 +59,8 @@ def caption(report: dict[str, Any], rows: list[dict[str, Any]], letters: int) ->
     best = max(rows[: len(rows) // 6], key=lambda row: row["estimate"])
     dots = sum(row["p"] <= ALPHA for row in rows)
     return textwrap.fill(
-        f"Pairs: {report['pairs']}, n = {count(report['n'])}. Denoised, the output of {best['at']} "
-        f"brings back most: {span(best)}, simultaneous 95 % band. Dot: other than 0, max-T over a "
-        f"row of maps, p ≤ {ALPHA} ({dots} of {len(rows)} cells).",
+        f"Pairs: {short(report['pairs'])}, n = {count(report['n'])}. Denoised, the output of "
+        f"{best['at']} brings back most: {span(best)}, simultaneous 95 % band. Dot: other than 0, "
+        f"max-T over a row of maps, p ≤ {ALPHA} ({dots} of {len(rows)} cells).",
         letters,
     )

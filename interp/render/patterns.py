@@ -20,7 +20,7 @@ from superclip.data.loader import Preprocess
 from superclip.errors import UserError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Look:
     """One picture as the tower saw it.
 
@@ -37,8 +37,24 @@ class Look:
     maps: Float[np.ndarray, "l h p"]
     grid: tuple[int, int]
 
+    def __repr__(self) -> str:
+        layers, heads, _ = self.maps.shape
+        return (
+            f"picture {self.record.key}: {self.record.captions[0]!r}, {len(self.boxes)} boxes; "
+            f"{layers} x {heads} heads over {self.grid[0]} x {self.grid[1]} patches"
+        )
+
     def head(self, layer: int, head: int) -> Figure:
-        """The picture beside its attention by one head."""
+        """The picture beside its attention by one head.
+
+        Raises:
+            UserError: if the tower has no such head.
+        """
+        layers, heads, _ = self.maps.shape
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise UserError(
+                f"the tower has no {Head(layer, head)}; L0H0 to {Head(layers - 1, heads - 1)}"
+            )
         return head_grid(self.pixels, self.boxes, self.maps, self.grid, [Head(layer, head)])
 
     def heads(self) -> Figure:

@@ -85,11 +85,12 @@ def subject(results: SweepResults) -> str:
 
 
 def short(name: str, letters: int = 48) -> str:
-    """A name of others, cut for a line.
+    """A name of others, brought onto a line and cut to it.
 
-    >>> short("a" * 60, 5)
-    'aaaa…'
+    >>> short("a" * 60, 5), short("two\\nlines")
+    ('aaaa…', 'two lines')
     """
+    name = " ".join(name.split())
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt16
 
 from interp.stats.draws import DRAWS, Purpose, generator
 from interp.stats.multiplicity import NO_SPREAD
@@ -240,13 +241,25 @@ def _resamples(
     """Weights of a stratum's images in each draw, some draws at a time; every row sums to s."""
     taken = size - lost
     assert taken > 0, f"a stratum of {size} images has no spread to resample"
-    rng = generator(seed, Purpose.BOOTSTRAP, stream)
-    step = max(1, _BLOCK // size)
+    times, step = _times(size, taken, draws, seed, stream), max(1, _BLOCK // size)
     for start in range(0, draws, step):
-        count = min(step, draws - start)
-        drawn = rng.integers(0, size, (count, taken)) + size * np.arange(count)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
-        yield slice(start, start + count), times * (size / taken)
+        lines = slice(start, min(start + step, draws))
+        yield lines, times[lines] * (size / taken)
+
+
+@lru_cache(16)  # one page asks a hundred times for the same draws
+def _times(
+    size: int, taken: int, draws: int, seed: int, stream: int
+) -> UInt16[np.ndarray, "draws s"]:
+    """How often each image is drawn."""
+    rng, step = generator(seed, Purpose.BOOTSTRAP, stream), max(1, _BLOCK // size)
+    times = np.empty((draws, size), np.uint16)
+    for start in range(0, draws, step):
+        part = times[start : start + step]
+        drawn = rng.integers(0, size, (len(part), taken)) + size * np.arange(len(part))[:, None]
+        part[:] = np.bincount(drawn.ravel(), minlength=part.size).reshape(part.shape)
+    times.setflags(write=False)
+    return times
 
 
 def _percentiles(estimate: float, drawn: np.ndarray, n: int) -> Interval:

@@ -88,6 +88,8 @@ def find_splits(root: Path) -> list[str]:
             return [name[len(head) : -len(tail)] for name in found]
         if (root / captions).is_file():
             return [UNSPLIT]
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; name a COCO folder, as coco:FOLDER[:SPLIT]")
     tried = ", ".join(captions for captions, _, _ in LAYOUTS)
     raise UserError(
         f"{root} is no COCO folder: none of {tried} is there; write coco:FOLDER or "

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from superclip.config import Precision
 from superclip.data.batch import Record, Source
@@ -23,6 +22,7 @@ from superclip.errors import UserError
 from superclip.model.superclip import SuperCLIP
 from superclip.ops.precision import autocast
 from superclip.ops.world import World
+from superclip.progress import progress
 
 T = TypeVar("T")
 TEXTS = 256
@@ -131,9 +131,10 @@ class Encoder:
             worker_init_fn=begin_reader if self.workers else None,
             collate_fn=_sorted_out,
         )
-        shown = None if self.world.is_main else True
         batches = start_readers(loader)
-        return iter(tqdm(batches, "pictures", len(loader), unit="batch", disable=shown))
+        if not self.world.is_main:
+            return iter(batches)
+        return iter(progress(batches, "pictures", len(loader), unit="batch"))
 
     @torch.no_grad()
     def _encode(self, model: SuperCLIP, pixels: list[np.ndarray], patches: bool) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from superclip.data.coco import hash_split
 from superclip.data.geometry import BadPicture
@@ -25,6 +24,7 @@ from superclip.evaluation.classification import judge, ranks
 from superclip.evaluation.encode import Encoder
 from superclip.evaluation.measures import MeanAveragePrecision, Measure, Result
 from superclip.model.superclip import SuperCLIP
+from superclip.progress import progress
 
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-10, 7))
 """scikit-learn's C, the inverse of the L2 penalty: 0.00001 to 1000, two a decade."""
@@ -253,7 +253,7 @@ def _probed(
     x, queries = (x - centre) / scale, (queries - centre) / scale
     c = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     quality, unconverged = np.zeros((2, len(STRENGTHS)))
-    for fold in tqdm(np.unique(folds), "folds", leave=False, disable=None):
+    for fold in progress(np.unique(folds), "folds", leave=False):
         held = folds == fold
         fits = regressions(x[~held], labels[~held], x[held], STRENGTHS, c, ITERATIONS, ROUGH)
         # By fold: scores of different fits have no common origin and can't be ranked together.

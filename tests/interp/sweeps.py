@@ -10,13 +10,21 @@ LAYERS, HEADS, SIDE, PIXELS = 2, 3, 4, 16
 PLANTED = (1, 2)
 
 
-def small_sweep(seed: int = 0, gallery: int = 3, planted: float = 0.3) -> SweepResults:
-    """72 pictures with one box of one patch each; `planted` is the planted head's mass on it."""
+def small_sweep(
+    seed: int = 0,
+    gallery: int = 3,
+    planted: float = 0.3,
+    shape: tuple[int, int] = (LAYERS, HEADS),
+    side: int = SIDE,
+    pixels: int = PIXELS,
+    n: int = 72,
+) -> SweepResults:
+    """Pictures with one box of one patch each; `planted` is the planted head's mass on it."""
     rng = np.random.default_rng(seed)
-    n, p = 72, SIDE * SIDE
+    p = side * side
     target = rng.integers(0, p, n)
     coverage = np.eye(p, dtype=np.float32)[target]
-    maps = rng.dirichlet(np.full(p, 2.0), (n, LAYERS, HEADS))
+    maps = rng.dirichlet(np.full(p, 2.0), (n, *shape))
     maps[:, *PLANTED] = planted * coverage + (1 - planted) * maps[:, *PLANTED]
     maps = maps.astype(np.float16)
     valid = np.ones((n, p), np.float32)
@@ -24,8 +32,8 @@ def small_sweep(seed: int = 0, gallery: int = 3, planted: float = 0.3) -> SweepR
     split = (np.arange(n) % 5 >= 3).astype(np.uint8)
     stratum = np.where(np.arange(n) < n // 2, 0, 1).astype(np.int16)
     ids = np.array([f"picture-{i:03d}" for i in range(n)])
-    row, column = np.divmod(target[:gallery], SIDE)
-    patch = PIXELS // SIDE
+    row, column = np.divmod(target[:gallery], side)
+    patch = pixels // side
     boxes = np.stack([np.arange(gallery), column, row, column + 1, row + 1], 1).astype(np.float32)
     boxes[:, 1:] *= patch
     untrained = rng.dirichlet(np.full(p, 2.0), (n, 2)).astype(np.float16)
@@ -51,11 +59,11 @@ def small_sweep(seed: int = 0, gallery: int = 3, planted: float = 0.3) -> SweepR
                 "commit": "abc+",
             },
             "tower": {
-                "layers": LAYERS,
-                "heads": HEADS,
-                "grid": [SIDE, SIDE],
+                "layers": shape[0],
+                "heads": shape[1],
+                "grid": [side, side],
                 "prefix_tokens": 1,
-                "image_size": PIXELS,
+                "image_size": pixels,
                 "activation": "GELU",
                 "geometry": "crop",
             },
@@ -80,8 +88,8 @@ def small_sweep(seed: int = 0, gallery: int = 3, planted: float = 0.3) -> SweepR
         valid=valid,
         clutter=np.zeros((n, p), np.float32),
         hits=hits,
-        class_mass=np.full((n, LAYERS, HEADS), 0.1, np.float32),
-        sink_mass=np.full((n, LAYERS, HEADS), 0.05, np.float32),
+        class_mass=np.full((n, *shape), 0.1, np.float32),
+        sink_mass=np.full((n, *shape), 0.05, np.float32),
         image_ids=ids,
         split=split,
         stratum=stratum,
@@ -92,7 +100,7 @@ def small_sweep(seed: int = 0, gallery: int = 3, planted: float = 0.3) -> SweepR
         untrained_maps=untrained,
         untrained_heads=np.zeros((2, 2), np.int16),
         gallery_rows=np.arange(gallery, dtype=np.int32),
-        gallery_pixels=rng.integers(0, 256, (gallery, 3, PIXELS, PIXELS), dtype=np.uint8),
+        gallery_pixels=rng.integers(0, 256, (gallery, 3, pixels, pixels), dtype=np.uint8),
         gallery_boxes=boxes,
         metrics={name: values.astype(np.float32) for name, values in scores.items()},
     )

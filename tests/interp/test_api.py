@@ -64,11 +64,11 @@ def test_a_report_that_stands_is_opened_if_it_is_what_is_asked_for(ckpt):
     before = path.stat().st_mtime_ns
     again = relevance(ckpt, methods="rollout", draws=199, batch_size=16)
     assert path.stat().st_mtime_ns == before and again == found and "rollout" in str(again)
-    with pytest.raises(UserError, match=r"relevance.json is another report \(asked differs\)"):
+    with pytest.raises(UserError, match=r"relevance.json is another report \(other --methods\)"):
         relevance(ckpt, methods="maskclip", draws=199)
     assert "maskclip" in relevance(ckpt, methods="maskclip", draws=199, overwrite=True)["methods"]
     path.write_text("[]")
-    with pytest.raises(UserError, match="content differs"):
+    with pytest.raises(UserError, match="other content"):
         relevance(ckpt, methods="maskclip", draws=199)
     options = {"units": "top:1", "kinds": ["mean"], "sets": 0, "draws": 199}
     removed = ablate(ckpt, **options)

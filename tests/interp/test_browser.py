@@ -18,7 +18,7 @@ from interp.heads import Head
 from interp.render import words
 from interp.report import build, pages
 from interp.results import images_sha256
-from tests.interp.sweeps import small_sweep
+from tests.interp.sweeps import PLANTED, small_sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -52,6 +52,10 @@ ACT = """<script>
   const sums = () => all(".cards canvas:last-child").map((c) =>
     c.getContext("2d").getImageData(0, 0, c.width, c.height).data.reduce((a, b) => a + b, 0));
   await drawn("CHAMPION");
+  seen.layers = all("[data-part=rows] tr").map((r) => [...r.cells].map((c) => c.textContent));
+  seen.levels = texts("[data-part=keys] li");
+  seen.points = all(".layers [data-head]").map((c) => c.textContent);
+  seen.csv = decodeURIComponent(page.querySelector("[data-part=csv]").href).split("\\n");
   seen.cells = texts(".grid td button");
   seen.labels = all(".grid td button").map((b) => b.getAttribute("aria-label"));
   seen.first = texts("[data-part=head]")[0];
@@ -97,9 +101,12 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(scope="module", params=["desktop", "phone"])
+@pytest.fixture(scope="module", params=["desktop", "phone", "large"])
 def results(request):
-    """On the phone, of a model, data and pictures with the names that break a page."""
+    """On the phone, of a model, data and pictures with the names that break a page; and of a tower
+    as large as ViT-B/32, on the phone too."""
+    if request.param == "large":
+        return small_sweep(0, 8, shape=(12, 12), side=7, pixels=56)
     found = small_sweep()
     if request.param == "desktop":
         return found
@@ -113,7 +120,7 @@ def results(request):
 @pytest.fixture(scope="module")
 def seen(results, tmp_path_factory):
     """What a reader saw who clicked, walked by keys, filtered and sorted."""
-    wide = "aaaa" not in str(results.image_ids[0])
+    wide = results.shape == (2, 3) and "aaaa" not in str(results.image_ids[0])
     folder = tmp_path_factory.mktemp("page")
     results.save(folder / "sweep")
     folders, out = [folder / "sweep"], folder / "report.html"
@@ -135,13 +142,38 @@ def test_the_page_loads_without_a_complaint_and_fits(seen):
 
 
 def test_cells_are_the_values_of_the_results(seen, results):
-    band = analyse(results).verdict.band.estimate
-    assert seen["cells"] == [words.number(v, 3) for v in band.ravel()]
+    findings = analyse(results)
+    dense = results.shape[1] > 6
+
+    def cells(values):
+        texts = [words.number(v, 3) for v in values.ravel()]
+        return [re.sub(r"^(−?)0\.", r"\1.", text) for text in texts] if dense else texts
+
+    assert seen["cells"] == cells(findings.verdict.band.estimate)
     for split in ("auroc", "chooses"):
         rows = results.rows("validation" if split == "auroc" else "discovery")
         values = np.nanmean(results.metrics["patch_auroc"][rows].astype(float), axis=0)
-        assert seen[split] == [words.number(v, 3) for v in values.ravel()]
-    assert [label for label in seen["labels"] if "champion" in label] == [seen["labels"][5]]
+        assert seen[split] == cells(values)
+    at = np.ravel_multi_index(PLANTED, results.shape)
+    assert [label for label in seen["labels"] if "champion" in label] == [seen["labels"][at]]
+
+
+def test_the_layers_are_the_values_of_the_results(seen, results):
+    findings = analyse(results)
+    band, heads = findings.verdict.band, results.shape[1]
+    for layer, (values, shown) in enumerate(zip(band.estimate, seen["layers"], strict=True)):
+        cells = [words.number(v, 4) for v in np.quantile(values, [0, 0.25, 0.5, 0.75, 1])]
+        assert shown == [f"L{layer}", str(heads), *cells, f"H{values.argmax()}"]
+    told = [f"{Head(*at)}: {words.number(v, 4)}" for at, v in np.ndenumerate(band.estimate)]
+    assert seen["points"] == told
+    own = [row.excess.estimate for row in findings.baselines if row.excess]
+    values = [text.removesuffix(", off the scale").split()[-1] for text in seen["levels"]]
+    assert values[0] == "0.0000" and len(values) == 3
+    assert set(values[1:]) <= {words.number(v, 4) for v in own}
+    assert len(seen["csv"]) == 1 + band.estimate.size
+    head, layer, index, *_, low, high = seen["csv"][-1].split(",")
+    assert head == f"L{layer}H{index}" == str(Head(*(size - 1 for size in results.shape)))
+    assert [float(low), float(high)] == pytest.approx([band.low[-1, -1], band.high[-1, -1]])
 
 
 def test_a_click_opens_the_gallery_of_that_head(seen, results):
@@ -159,6 +191,8 @@ def test_a_click_opens_the_gallery_of_that_head(seen, results):
 
 def test_keys_filter_and_sorting(seen, results):
     assert seen["focused"] == "L1H1" and seen["described"] == "L1H1"
-    assert seen["rows"] == ["L1H0", "L1H1", "L1H2"] and seen["count"] == "3 of 6 heads"
+    layers, heads = results.shape
+    assert seen["rows"] == [f"L1H{k}" for k in range(heads)]
+    assert seen["count"] == f"{heads} of {layers * heads} heads"
     order = sorted(analyse(results).heads, key=lambda row: -row["patch_auroc"])
     assert seen["sorted"] == [row["head"] for row in order]

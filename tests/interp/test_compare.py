@@ -266,7 +266,7 @@ def compared(capsys, *words):
     capsys.readouterr()
     main([*map(str, words), "--draws", "99", "--threads", "1"])
     printed = capsys.readouterr().out
-    path = re.search(r"written: (.*)", printed)[1]
+    path = re.search(r"report: (.*)", printed)[1]
     with open(path) as file:
         report = json.load(file)
     assert render(report) in printed
@@ -300,8 +300,13 @@ def test_heads_in_other_places_are_found_and_nothing_else_differs(runs, capsys):
     assert report["chance"]["image-to-text R@1"] == pytest.approx(1 / report["n"])
     assert report["no_removal"] == "first" and "interp.ablate beside the first's sweep" in printed
     assert [row["tower"] for row in report["towers"]][2].startswith("superclip scenes-vit ")
-    with pytest.raises(UserError, match="--overwrite replaces it"):
-        compared(capsys, runs["one"], runs["shifted"], "--also", runs["noisy"].parent / "sweep")
+    words = runs["one"], runs["shifted"], "--also", runs["noisy"].parent / "sweep"
+    (path,) = (runs["one"].parent / "sweep").glob("compare-*.json")
+    before = path.stat().st_mtime_ns
+    assert compared(capsys, *words)[0] == report  # it is opened, not computed again
+    assert path.stat().st_mtime_ns == before
+    compared(capsys, *words, "--overwrite")
+    assert path.stat().st_mtime_ns > before
 
 
 def test_index_is_kept_and_numbers_are_those_of_sweep_and_ablation(runs, capsys):

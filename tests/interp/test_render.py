@@ -5,12 +5,16 @@ import io
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 from PIL import Image
 
 from interp.analysis import analyse
 from interp.heads import Head
 from interp.render import animation, figures, gallery, words
 from interp.render.canvas import DARK, LIGHT, png
+from interp.render.lens import lens_figure
+from interp.render.patching import caption
+from interp.render.patching import figure as patching
 from interp.stats.intervals import Interval
 from superclip.errors import UserError
 from tests.interp.sweeps import PIXELS, PLANTED, SIDE, small_sweep
@@ -170,3 +174,37 @@ def test_spread_keeps_order_and_distance():
 @pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-1.0, 1.0, 0)])
 def test_sign_says_better_only_where_the_interval_does(low, high, sign):
     assert words.sign(Interval(0.0, low, high, 9)) == sign
+
+
+HOSTILE = [
+    "$x_1$ $\\frac{",
+    "<script>alert(1)</script>",
+    "\U0001f440 \u202e\u05e9\u05dc\u05d5\u05dd",
+    "two\nlines\tand\x00",
+    "W" * 10_000,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_words_of_others_are_drawn_on_one_line_as_they_stand(name):
+    curve = {"estimate": [0.2, 0.6], "low": [0.1, 0.5], "high": [0.3, 0.7]}
+    curves = dict.fromkeys(("raw", "mean", "tuned"), curve)
+    report = {"model": name, "lens": "tokens", "layers": ["L0", "L1"], "forms": list(curves)}
+    report |= {"n": 9, "r2": curves, "mean": {"auc": curves}}
+    report |= {"concepts": [{"concept": name, "with": 3, "without": 6, "auc": curves}] * 5}
+    drawn = lens_figure(report)
+    assert png(drawn, int(drawn.dpi))
+    width, height = drawn.get_size_inches() * drawn.dpi
+    for text in drawn.findobj(Text):
+        box = text.get_window_extent()
+        assert box.width == 0 or (box.x1 <= width and box.height < height / 4)
+        assert "(3 / 6)" not in text.get_text() or box.width < 2.3 * drawn.dpi
+    titles = [text for text in texts(drawn) if "(3 / 6)" in text]
+    seen = {"$": f"{name} (3 / 6)", "t": "two lines and\u25a1 (3 / 6)"}
+    seen["\U0001f440"] = "\u200e\u25a1 \u25a1\u05e9\u05dc\u05d5\u05dd\u200e (3 / 6)"
+    assert titles == 5 * [seen.get(name[0], f"{name[:13]}\u2026 (3 / 6)")]
+    cell = {"at": "L0H0", "p": 0.5, "n": 9} | dict.fromkeys(curve, 0.1)
+    rows = {"heads": [cell] * 3}
+    report = {"pairs": name, "n": 9, "denoise": rows, "noise": rows}
+    said = caption(report, rows["heads"] * 2, 60)
+    assert png(patching(report)) and said.count("\n") < 9

@@ -1,5 +1,6 @@
 """The page says what the findings say, needs no network, and refuses what does not belong."""
 
+import base64
 import hashlib
 import html
 import json
@@ -11,6 +12,7 @@ import pytest
 
 from interp.analysis import analyse
 from interp.render import words
+from interp.render.explorer import explorer
 from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_sibling
 from superclip.errors import UserError
 from tests.conftest import refused
@@ -154,10 +156,10 @@ def test_nothing_is_fetched(text):
 
 def test_tables_and_pictures_can_be_read_without_eyes(text):
     page = Page(text)
-    assert len(page.tables) == 7
+    assert len(page.tables) == 8
     assert all(table == {"caption": 1, "unscoped": 0} for table in page.tables)
     assert len(page.images) == 4 and all(image["alt"] for image in page.images)
-    assert text.count('role="region" tabindex="0"') == 7
+    assert text.count('role="region" tabindex="0"') == 8
 
 
 def test_names_are_escaped(text):
@@ -174,6 +176,15 @@ def test_two_reports_are_equal_and_small(run, sheets):
         "champion_vs_challenger.gif",
         "report.html",
     ]
+
+
+def test_pictures_that_would_make_the_page_too_large_are_left_out_of_the_explorer():
+    results = small_sweep()
+    findings = analyse(results)
+    whole, cut = (explorer(results, findings, None, size) for size in (100_000, 3_000))
+    assert whole["kept"] == cut["kept"] == len(whole["pictures"]) > len(cut["pictures"]) > 0
+    heads, patches = len(findings.heads), results.maps.shape[-1]
+    assert len(base64.b64decode(cut["maps"])) == len(cut["pictures"]) * heads * patches
 
 
 def test_limits_follow_what_is_present(sheets):

@@ -222,6 +222,7 @@ def test_bad_input_gets_one_line(tiny_run, tmp_path):
     cases = [
         (("--ckpt", str(tmp_path / "none.pt")), "does not exist"),
         (("--ckpt", ckpt, "--num", "30"), f"{FEWEST} are needed"),
+        (("--ckpt", ckpt, "--data", "scenes:val", "--num", "30"), "give more pictures"),
         (("--ckpt", ckpt, "--data", "coco"), "--root"),
         (("--ckpt", ckpt, "--data", "scenes:train", "--num", "200"), "are needed"),
         (("--pretrained", "openai"), "--model"),
