@@ -856,6 +856,77 @@ class EvalConfig:
             raise UserError("--images goes with --compositional FILE; leave it out")
 
 
+@dataclass(frozen=True)
+class GridConfig:
+    """What `superclip.compare` sets side by side."""
+
+    losses: tuple[str, ...] = ("clip", "superclip")
+    """Losses, with commas or blanks between them."""
+    optimizers: tuple[str, ...] = ("adamw",)
+    """Optimizers, each with every loss."""
+    seeds: int = 6
+    """Runs of each arm, from seeds 0, 1, ...: six pairs are the least that can tell anything."""
+    tune: int | None = None
+    """Learning rates to try for each arm, by factors of 2; more while the best lies at an end."""
+    tune_data: str | None = None
+    """Held-out data of that search. Default: scenes:tune on scenes."""
+    data: str | None = None
+    """Training data, spelled like --train-data of superclip.train. Default: scenes."""
+    val_data: str | None = None
+    """Pictures and captions that judge. Default: the held-out data of --data."""
+    zeroshot: str | None = None
+    """Labelled pictures that judge. Default: scenes' own on scenes, else none."""
+    set: tuple[str, ...] = ()
+    """Options of single losses, as LOSS.option=value: fastclip-v3.rho=8.5."""
+    against: str = "clip"
+    """The loss that the others are compared with."""
+    jobs: int = 1
+    """Runs at a time."""
+    launcher: str = "python"
+    """What starts a run: 'torchrun --nproc-per-node 8', say."""
+    bootstrap: int = 2000
+    """Draws of the bootstrap over pictures."""
+    device: str = "auto"
+    """Where checkpoints are measured."""
+    out: Path = Path("logs/compare")
+    """Folder of all runs, of compare.json and of compare.png."""
+
+    def __post_init__(self) -> None:
+        for name in ("losses", "optimizers"):
+            given = [part for item in getattr(self, name) for part in item.split(",") if part]
+            object.__setattr__(self, name, tuple(given))
+            if len(dict.fromkeys(given)) < len(given) or not given:
+                raise UserError(f"--{name} {' '.join(given)}: name each once, and at least one")
+        for loss in self.losses:
+            if loss not in LOSS_OPTIONS:
+                raise UserError(f"--losses: {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
+        known = typing.get_args(typing.get_type_hints(OptimConfig)["optimizer"])
+        for optimizer in self.optimizers:
+            if optimizer not in known:
+                raise UserError(
+                    f"--optimizers: {optimizer!r} is unknown; {nearest(optimizer, known)}"
+                )
+        for item in self.set:
+            loss, dot, option = item.partition(".")
+            if not dot or "=" not in option or loss not in self.losses:
+                raise UserError(f"--set {item}: write LOSS.option=value, for one of --losses")
+        _at_least_one(self, "seeds", "tune", "jobs")
+        if self.bootstrap < 100:
+            raise UserError(f"--bootstrap {self.bootstrap} must be at least 100")
+        if self.tune_data is not None and not self.tune:
+            raise UserError("--tune-data goes with --tune N")
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """Loss and flag (as name=value) of every `set`."""
+        found = []
+        for item in self.set:
+            loss, _, option = item.partition(".")
+            name, _, value = option.partition("=")
+            found.append((loss, f"{name.replace('_', '-')}={value}"))
+        return found
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values only (paths as text), ready for JSON and for a `weights_only` checkpoint."""
 
