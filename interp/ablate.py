@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from interp.config import AblateConfig
 from interp.heads import Head
 from superclip.errors import UserError, run_command
@@ -130,6 +128,8 @@ def standing(config: AblateConfig, head: str) -> dict[str, Any] | None:
 
 def render(report: dict[str, Any]) -> str:
     """The report as text: the largest losses of each kind, and what they say of the champion."""
+    from interp.causal.said import agreement_said, champion_said, sets_said
+
     intact = _intact(report["intact"], report["chance"])
     lines = [f"intact, n = {report['n']} validation pictures: {intact}"]
     shown = list(dict.fromkeys((r["kind"], r["family"]) for r in report["units"]))
@@ -142,9 +142,11 @@ def render(report: dict[str, Any]) -> str:
         lines += _table(kept, estimates)
         if len(kept) < len(rows):
             lines.append(f"  and {len(rows) - len(kept)} more in ablation.json")
-    lines += ["", *report["sentences"]]
+    lines += ["", *champion_said(report["units"], report["champion"])]
+    if (agreed := agreement_said(report["units"], report["champion"])) is not None:
+        lines.append(agreed)
     if report["sets"] is not None:
-        lines.append(_sets_said(report["sets"]))
+        lines.append(sets_said(report["sets"]))
     lines += _attribution_said(report["estimates"])
     for row in report.get("downstream", [])[:5]:
         lines.append(
@@ -156,8 +158,9 @@ def render(report: dict[str, Any]) -> str:
         "",
         "margin: cosine with own captions less that with the hardest wrong one, ablated minus "
         "intact, simultaneous 95 % band;",
-        "p: sign flips over pictures, max-T within the table. Any disturbance costs some margin: "
-        "see ranks and loss per norm.",
+        "other brackets: of one row alone; p: sign flips over pictures, max-T within the table. "
+        "Any disturbance",
+        "costs some margin: see the rank of a loss, and the loss per norm.",
         "frozen: margin against the caption that was hardest intact; direct: its change if nothing "
         "later saw the removal;",
         "repaired: share of the direct change that later layers make good (below 0: amplify).",
@@ -199,17 +202,6 @@ def _intact(base: dict[str, Any], chance: dict[str, float]) -> str:
         told.append(f"{name} R@1 {_show(base[f'{name}@1'], 100, 1)} {of_chance}")
     told += [f"{n} {100 * base[n]['estimate']:.1f}" for n in ("mAP", "token AP") if n in base]
     return ", ".join(told)
-
-
-def _sets_said(sets: dict[str, Any]) -> str:
-    found = sets["i2t@1"]
-    drawn = [100 * value for value in found["random"]]
-    return (
-        f"the {sets['size']} best of discovery together ({', '.join(sets['top'])}), mean ablation: "
-        f"R@1 {_show(found['top'], 100, 1)} points; {len(drawn)} random sets of {sets['size']}: "
-        f"mean {np.mean(drawn):.1f}, from {min(drawn):.1f} to {max(drawn):.1f}; number "
-        f"{found['rank']} of {found['of']} by loss"
-    )
 
 
 def _attribution_said(estimates: dict[str, Any]) -> list[str]:

@@ -32,10 +32,10 @@ def main(argv: list[str]) -> None:
 
     config = parse(AnimateConfig, argv, "python -m interp.animate", DESCRIPTION)
     from interp.render.animation import gif
-    from interp.report import newest_sweep
+    from interp.report import folder_of, newest_sweep
 
     folder = config.results or (Path("logs") if config.what == "training" else None)
-    folder = folder or newest_sweep(Path("logs"))
+    folder = folder_of(folder or newest_sweep(Path("logs")))
     if config.what == "sheets":
         write_sheets(config, folder)
         return
@@ -64,14 +64,15 @@ def _frames(config: AnimateConfig, folder: Path) -> list[np.ndarray]:
     if config.what == "training":
         steps, sweeps = swept_run(folder)
         best = top_heads(sweeps[-1], 2)
-        named = [config.head or str(best[0]), config.challenger]
-        heads = [_head(name, sweeps[-1]) for name in named if name is not None]
+        heads = [_head("--head", config.head or str(best[0]), sweeps[-1])]
+        if config.challenger is not None:
+            heads.append(_head("--challenger", config.challenger, sweeps[-1]))
         return animation.training_frames(steps, sweeps, heads, _picture(sweeps[-1], config.image))
     results = SweepResults.load(folder)
     first = _picture(results, config.image)
     findings = analyse(results)
     if config.what == "duel":
-        wanted = config.challenger and _head(config.challenger, results)
+        wanted = config.challenger and _head("--challenger", config.challenger, results)
         rival = animation.challenger_of(findings, wanted or None)
         if rival is None:
             raise UserError("the tower has one head; there is no challenger")
@@ -104,10 +105,12 @@ def swept_run(folder: Path) -> tuple[list[int], list[SweepResults]]:
     return [step for step, _ in found], [SweepResults.load(at) for _, at in found]
 
 
-def _head(name: str, results: SweepResults) -> Head:
-    head, (layers, heads) = Head.parse(name), results.shape
+def _head(flag: str, name: str, results: SweepResults) -> Head:
+    from interp.report import head_of
+
+    head, (layers, heads) = head_of(flag, name), results.shape
     if not (head.layer < layers and head.index < heads):
-        raise UserError(f"{head}: the tower's heads are L0H0 to L{layers - 1}H{heads - 1}")
+        raise UserError(f"{flag} {head}: the tower's heads are L0H0 to L{layers - 1}H{heads - 1}")
     return head
 
 
@@ -133,7 +136,7 @@ def write_sheets(config: AnimateConfig, folder: Path) -> None:
     from interp.results import SweepResults
 
     results = SweepResults.load(folder)
-    head = _head(config.head, results) if config.head else top_heads(results, 1)[0]
+    head = _head("--head", config.head, results) if config.head else top_heads(results, 1)[0]
     i = _picture(results, config.image)
     maps = results.maps[results.gallery_rows[i]].astype(np.float64)
     drawn: dict[str, Figure] = {

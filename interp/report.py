@@ -35,11 +35,12 @@ def main(argv: list[str]) -> None:
 
     config = parse(ReportConfig, argv, "python -m interp.report", DESCRIPTION)
     folders = config.results or (newest_sweep(Path("logs")),)
+    folders = tuple(map(folder_of, folders))
     out = config.out or default_page(folders)
     for path in written_paths(folders, out):
         if path.exists() and not config.overwrite:
             raise UserError(f"{path} exists; --overwrite replaces it, --out FILE writes elsewhere")
-    challenger = Head.parse(config.challenger) if config.challenger else None
+    challenger = head_of("--challenger", config.challenger) if config.challenger else None
     sheets = build(folders, challenger)
     files = pages(folders, out, sheets, challenger)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,43 @@ def newest_sweep(logs: Path) -> Path:
             f"no sweep under {logs}/; run python -m interp.sweep first or give its folder"
         )
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a sweep, named by itself or by one of its results.
+
+    Raises:
+        UserError: if it is another file, or none.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}; give the folder of a sweep (interp.sweep makes one)")
+    if not path.is_file():
+        return path
+    if path.name in ("results.json", "results.npz"):
+        return path.parent
+    if path.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"{path} is a file; give the folder of a sweep, which holds results.json")
+    from interp.subject import default_folder
+
+    folder = default_folder(path)
+    swept = (folder / "results.json").is_file()
+    way = f"give the folder of its sweep, {folder}"
+    raise UserError(
+        f"{path} is a checkpoint; "
+        + (way if swept else f"run python -m interp.sweep --ckpt {path} first, then {way}")
+    )
+
+
+def head_of(flag: str, name: str) -> Head:
+    """The head that an option names.
+
+    Raises:
+        UserError: if it is no head.
+    """
+    try:
+        return Head.parse(name)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
 
 
 def default_page(folders: Sequence[Path]) -> Path:
@@ -176,16 +214,23 @@ def read_sibling(folder: Path, results: SweepResults, name: str) -> dict[str, An
     found = read_json(path)
     if found is None:
         return None
-    manifest = results.manifest
+    manifest, command = results.manifest, f"python -m interp.{COMMANDS.get(name, name)}"
     for what, mine, its in (
-        ("schema", SIBLINGS[name], found.get("schema")),
-        ("checkpoint_sha256", manifest["checkpoint"]["sha256"], found.get("checkpoint_sha256")),
-        ("images_sha256", manifest["images_sha256"], found.get("images_sha256")),
+        ("of another schema than this version reads", SIBLINGS[name], found.get("schema")),
+        (
+            "of another checkpoint than this sweep",
+            manifest["checkpoint"]["sha256"],
+            found.get("checkpoint_sha256"),
+        ),
+        (
+            "of other pictures than this sweep (another --num, --data or --split?)",
+            manifest["images_sha256"],
+            found.get("images_sha256"),
+        ),
     ):
         if mine != its:
             raise UserError(
-                f"{path} does not belong to this sweep ({what} {its}, not {mine}); run "
-                f"python -m interp.{COMMANDS.get(name, name)} again or remove it"
+                f"{path} is {what}; run {command} --overwrite for this sweep, or move the file away"
             )
     return found
 

@@ -162,6 +162,10 @@ def write_csv(findings: Findings, path: Path) -> None:
 
 def render(results: SweepResults, findings: Findings) -> str:
     """The findings as text."""
+    from textwrap import wrap
+
+    from interp.render.words import answer
+
     manifest, verdict, head = results.manifest, findings.verdict, findings.champion
     checkpoint, tower, counts = manifest["checkpoint"], manifest["tower"], manifest["counts"]
     discovery = float(verdict.discovery.mean[head.layer, head.index])
@@ -174,6 +178,8 @@ def render(results: SweepResults, findings: Findings) -> str:
         + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items()),
         f"discovery: {significant} of {verdict.discovery.t.size} heads significant at .05 (max-T, "
         f"{verdict.discovery.draws} permutations, n = {verdict.discovery.n})",
+        "",
+        *wrap(answer(results, findings)[0], 100),
         "",
         f"champion {head}, chosen on discovery by excess attention over its own prior",
         f"  excess      discovery {discovery:.4f}, validation {_show(verdict.validation[0], 4)}, "

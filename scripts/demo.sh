@@ -47,7 +47,7 @@ both ablate ablate
 for arm in "${arms[@]}"; do
     printf '\n===== %s (all of it: %s.{evaluate,sweep,ablate}.log)\n' "$arm" "$out/$arm"
     grep -E 'measure|R@1 ' "$out/$arm.evaluate.log"
-    head -n 9 "$out/$arm.sweep.log"
+    head -n 14 "$out/$arm.sweep.log"
 done
 printf '\n===== both\n'
 python -m interp.compare "$out"/{superclip,clip}/final_epoch.pt --threads 1 >"$out/compare.log"

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from interp.causal.effects import Effects
+from interp.causal.said import champion_said as champion_said
 from interp.causal.units import Unit
 from interp.heads import Head
 from interp.stats.intervals import mean_interval, ratio_interval, simultaneous_band
@@ -139,32 +140,3 @@ def direct_rows(
             "repaired": judge.ratio(repaired, size) if size.any() else None,
         }
     return found
-
-
-def champion_said(rows: Sequence[dict[str, Any]], head: str) -> list[str]:
-    """Whether the model loses anything without the champion, one plain sentence a kind."""
-    lines = []
-    for row in rows:
-        if row["unit"] != head:
-            continue
-        margin, n = row["margin"], row["margin"]["n"]
-        band = f"{margin['estimate']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
-        place = f"number {row['rank']} of {row['of']} removed, by loss"
-        if row["layer_of"] > 1:
-            place += f", {row['layer_rank']} of {row['layer_of']} removed in its layer"
-        if row["p_adjusted"] > 0.05:
-            said = "is not shown to matter: the margin is not shown to change"
-        elif margin["low"] <= 0 <= margin["high"]:
-            said = "is not shown to matter: p is below .05, but the band holds 0"
-        elif margin["estimate"] < 0:
-            said = "matters: the margin falls"
-        else:
-            said = "does not help: the margin rises without it"
-        recall = row["measures"]["i2t@1"]
-        points = (100 * recall[k] for k in ("estimate", "low", "high"))
-        lines.append(
-            f"{row['kind']} ablation of the champion {head} (n = {n}): it {said}, {band}, adjusted "
-            f"p {row['p_adjusted']:.4f}; {place}; image-to-text R@1 "
-            "{:+.1f} [{:+.1f}, {:+.1f}] points".format(*points)
-        )
-    return lines

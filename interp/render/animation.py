@@ -32,6 +32,8 @@ from interp.render.gallery import (
     scale_colours,
     scale_words,
     shown,
+    top,
+    up_to,
 )
 from interp.render.words import (
     attention_of,
@@ -95,7 +97,7 @@ def still(
     under = [_wrapped(lines, side, size) for lines in (beside, *(p.under for p in panels))]
     deep = side + 0.24 + 0.02 * size * max(text.count("\n") + 1 for text in under)
     rows = -(-len(panels) // across)
-    width, left = 0.15 + (across + 1) * (side + 0.15) + 0.55, 0.3 + side
+    width, left = 0.15 + (across + 1) * (side + 0.15) + 0.68, 0.3 + side
     with themed(LIGHT):
         figure = Figure(figsize=(width, max(0.62 + rows * deep, 0.72 + side + 0.62)))
         write(figure, 0.15, 0.13, title, size=10, weight="bold")
@@ -109,7 +111,7 @@ def still(
             write(figure, x, y - 0.2, panel.above, size=9, weight="bold")
             write(figure, x, y + side + 0.06, under[k + 1], size=size, linespacing=1.3)
         draw_scale(
-            figure, place(figure, width - 0.5, 0.72, 0.1, side), results.maps.shape[-1], norm
+            figure, place(figure, width - 0.63, 0.72, 0.1, side), results.maps.shape[-1], norm
         )
         words = scale_words(results.maps.shape[-1])
         write(figure, width - 0.1, 0.32, words, size=7, ha="right", color=LIGHT.muted)
@@ -176,7 +178,8 @@ def training_frames(
     for sweep in sweeps:
         if sweep.manifest["images_sha256"] != sweeps[-1].manifest["images_sha256"]:
             raise UserError("the checkpoints were swept on other pictures; sweep them anew")
-    norm = Normalize(0, max(float(scale(sweep, heads).vmax or 0) for sweep in sweeps))
+    kept = [(s, h, k) for s in sweeps for h in heads for k in range(shown(s))]
+    norm = up_to([attention(s, h, k).max() for s, h, k in kept])
     drawn = []
     for step, sweep in zip(steps, sweeps):
         rows = sweep.rows("validation")
@@ -189,7 +192,7 @@ def training_frames(
             p = float(pairing_test(pairs, stratum, draws, seed).p.ravel()[0])
             told = (
                 f"in-box mass of this picture {number(mass(sweep, head, i))}",
-                f"validation excess {span(excess, 4)}",
+                f"validation excess {span(excess, 4)} (interval of this head alone), "
                 f"p = {p_value(p)} (this step alone), n = {count(excess.n)}",
             )
             panels.append(Panel(str(head), attention(sweep, head, i), told))
@@ -204,8 +207,13 @@ def gif(
     """An endless GIF of at most `largest` bytes, and its number of frames: where it would be
     larger, the last ones are left out.
 
-    All frames share one palette of 256 colours, so a colour means the same in each of them.
+    All frames share one palette of 256 colours, so a colour means the same in each of them; those
+    with fewer lines of words have more paper below.
     """
+    deepest = max(len(picture) for picture in pictures)
+    pictures = [
+        np.pad(p, ((0, deepest - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures
+    ]
     indices, palette = _one_palette(pictures)
     while True:
         encoded = iio.imwrite(
@@ -230,8 +238,9 @@ def caption(results: SweepResults, findings: Findings, challenger: Head, kept: i
     return (
         f"Champion {findings.champion} and challenger {challenger} on the same "
         f"{plural(kept, 'picture')} (of {total} kept by the sweep), {MILLISECONDS / 1000:g} s "
-        f"each, on one colour scale from 0 to {number(float(norm.vmax or 0))} of the attention to "
-        "patches. Patches are drawn as they are (nearest neighbour)."
+        f"each, on one colour scale from 0 to {top(norm)} of the attention to patches (the median "
+        "of the maps' largest; all above is of one colour). Patches are drawn as they are (nearest "
+        "neighbour)."
     )
 
 

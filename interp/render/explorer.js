@@ -25,7 +25,7 @@ if (explorer) {
   const values = () => metric[split].estimate;
   const interval = (l, h) => {
     const {estimate, low, high} = metric.validation, d = metric.digits;
-    return `${number(estimate[l][h], d)} [${number(low[l][h], d)}, ${number(high[l][h], d)}]`;
+    return `${number(estimate[l][h], d)} [${number(low[l][h], d)}, ${number(high[l][h], d)}] (${metric.validation.brackets})`;
   };
 
   const describe = (name) => {
@@ -185,7 +185,7 @@ if (explorer) {
     const fitting = sheet.pictures.length, kept = sheet.kept > fitting ? ` (of ${sheet.kept}: more would make the page too large)` : "";
     part("shown").textContent = !sheet.kept ? "The sweep kept no pictures (--gallery 0)."
       : `${name} on the first ${fitting} pictures that the sweep kept${kept}, not picked by score. ` +
-        `Colours from 0 to ${number(sheet.largest[l][h], 3)} of its attention to patches, one scale for all.`;
+        `Colours from 0 to ≥ ${number(sheet.tops[l][h], 3)} of its attention to patches, one scale for all (to the median of the pictures’ largest).`;
     const cards = part("pictures").children, own = greys, patchwork = make("canvas");
     Object.assign(patchwork, {width: columns, height: rows});
     for (const [i, picture] of sheet.pictures.entries()) {

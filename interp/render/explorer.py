@@ -45,7 +45,7 @@ def explorer(
         baselines (kind, name, value on validation); `facts`, lines of words by head; `baselines`,
         lines of words; `kept`, how many pictures the sweep kept, and of them `pictures`, those that
         fit, with boxes as shares of the side; `maps`, the attention of every head on them in 255ths
-        of the head's `largest`.
+        of the head's `tops`, the last colour of its scale in the gallery too.
     """
     layers, heads = results.shape
     every = [Head(layer, index) for layer in range(layers) for index in range(heads)]
@@ -59,8 +59,9 @@ def explorer(
             break
         pictures.append(picture)
     maps = results.maps[results.gallery_rows[: len(pictures)]].astype(np.float64)
-    largest = maps.max(axis=(0, 3), initial=0)
-    scaled = maps / np.where(largest > 0, largest, 1)[None, ..., None]
+    tops = np.array([gallery.scale(results, [h]).vmax if pictures else 1.0 for h in every])
+    tops = tops.reshape(results.shape)
+    scaled = np.minimum(maps / np.where(tops > 0, tops, 1)[None, ..., None], 1)
     return {
         "name": subject(results),
         "layers": layers,
@@ -73,7 +74,7 @@ def explorer(
         "baselines": _baselines(findings),
         "kept": len(results.gallery_rows),
         "pictures": pictures,
-        "largest": largest.round(PLACES).tolist(),
+        "tops": tops.round(PLACES).tolist(),
         "maps": base64.b64encode(np.rint(255 * scaled).astype(np.uint8).tobytes()).decode(),
     }
 
@@ -151,7 +152,10 @@ def _metric(
 
 def _judged(band: Band) -> dict[str, Any]:
     values = {name: getattr(band, name).round(PLACES) for name in ("estimate", "low", "high")}
-    return {"validation": {k: v.tolist() for k, v in values.items()} | {"n": band.n}}
+    return {
+        "validation": {k: v.tolist() for k, v in values.items()}
+        | {"n": band.n, "brackets": "band over all heads"}
+    }
 
 
 def _causal(results: SweepResults, ablation: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -161,10 +165,10 @@ def _causal(results: SweepResults, ablation: dict[str, Any] | None) -> list[dict
     found, n = [], ablation["n"]
     for kind in dict.fromkeys(row["kind"] for row in ablation["units"]):
         rows = {r["unit"]: r["margin"] for r in ablation["units"] if r["kind"] == kind}
-        found.append((f"margin, {kind} ablation", rows))
+        found.append((f"margin, {kind} ablation", "band over all removed heads", rows))
     for kind, estimates in ablation["estimates"].items():
         own = {head: of["direct"] for head, of in estimates.get("heads", {}).items()}
-        found.append((f"direct effect, {kind}", own))
+        found.append((f"direct effect, {kind}", "interval of this head alone", own))
     return [
         _metric(name, 0.0, 4, None)
         | {
@@ -172,9 +176,9 @@ def _causal(results: SweepResults, ablation: dict[str, Any] | None) -> list[dict
                 key: _grid(results, {head: row[key] for head, row in rows.items()})
                 for key in ("estimate", "low", "high")
             }
-            | {"n": n},
+            | {"n": n, "brackets": brackets},
         }
-        for name, rows in found
+        for name, brackets, rows in found
         if rows
     ]
 
@@ -201,27 +205,33 @@ def _facts(
     if head in verdict.top:
         k = verdict.top.index(head)
         own = f"{span(verdict.validation[k], 4)}; p {p_value(verdict.p[k])}"
-        facts.append(["by itself, validation", f"{own}, Holm {p_value(verdict.p_holm[k])}"])
+        told = f"{own}, Holm {p_value(verdict.p_holm[k])} (interval and test of this head alone)"
+        facts.append(["excess, validation, alone", told])
     facts += [
         ["in-box mass", f"{number(row['in_box_mass'])} (uniform {number(findings.area.estimate)})"],
         ["patch AUROC", f"{number(row['patch_auroc'])} (chance 0.5)"],
         ["pointing game", f"{number(row['pointing'])} (chance {number(findings.pointing_chance)})"],
-        ["stays on class token", number(row["class_mass"])],
-        ["on sinks, of the rest", number(row["sink_mass"])],
+        ["kept by the class token", f"{number(row['class_mass'])} of its attention"],
+        ["falls on sinks", f"{number(row['sink_mass'])} of its attention to patches"],
         ["first on discovery", f"{percent(row['p_first'])} of resamples"],
     ]
     for unit in [] if ablation is None else ablation["units"]:
         if unit["unit"] == str(head):
-            told = f"{span(unit['margin'], 4)}; adjusted p {p_value(unit['p_adjusted'])}"
-            place = f"number {unit['rank']} of {unit['of']} by loss"
-            facts.append([f"margin, {unit['kind']} ablation", f"{told}; {place}"])
+            place = f"rank {unit['rank']} of {unit['of']} removed heads by loss of margin"
+            told = (
+                f"{place}: {span(unit['margin'], 4)} (band over all removed heads), adjusted p "
+                f"{p_value(unit['p_adjusted'])}"
+            )
+            facts.append([f"margin, {unit['kind']} ablation", told])
     for kind, estimates in ({} if ablation is None else ablation["estimates"]).items():
         if str(head) in estimates.get("heads", {}):
             own = estimates["heads"][str(head)]
-            facts.append([f"direct effect, {kind}", span(own["direct"], 4)])
+            told = f"{span(own['direct'], 4)} (interval of this head alone)"
+            facts.append([f"direct effect, {kind}", told])
     for told in [] if ablation is None else ablation.get("words", {}).get(str(head), []):
+        more = f"{span(told['difference'], 4)} more to the cosine in pictures that show it"
         facts.append(
-            [f"writes “{told['word']}”", f"{span(told['difference'], 4)} more where shown"]
+            [f"writes towards “{told['word']}”", f"adds {more} (interval of this line alone)"]
         )
     n = f"{count(verdict.discovery.n)} discovery, {count(verdict.band.n)} validation"
     return [*facts, ["pictures", n]]

@@ -40,9 +40,21 @@ def attention(results: SweepResults, head: Head, i: int) -> Float[np.ndarray, "r
 
 
 def scale(results: SweepResults, heads: Sequence[Head]) -> Normalize:
-    """One colour scale from 0 to the largest attention of these heads on the pictures shown."""
-    values = [attention(results, h, i).max() for h in heads for i in range(shown(results))]
-    return Normalize(0, max(values))
+    """One colour scale for these heads on the pictures shown: see `up_to`."""
+    return up_to([attention(results, h, i).max() for h in heads for i in range(shown(results))])
+
+
+def up_to(largest: Sequence[float]) -> Normalize:
+    """A scale from 0 to the median of the maps' largest values, where half of the maps reach the
+    last colour; all that is larger has it too. A scale to the very largest value would leave the
+    maps of all other pictures dark wherever one of them is a single bright patch.
+    """
+    return Normalize(0, float(np.median(largest)), clip=True)
+
+
+def top(norm: Normalize) -> str:
+    """The last colour of a scale, in words: it stands for all that is larger, too."""
+    return f"≥ {number(float(norm.vmax or 0))}"
 
 
 def boxes(results: SweepResults, i: int) -> Float[np.ndarray, "k 4"]:
@@ -121,13 +133,13 @@ def scale_colours() -> Float[np.ndarray, "256 3"]:
 
 
 def draw_scale(figure: Figure, axes: Axes, patches: int, norm: Normalize) -> None:
-    """The colour bar, from 0 to the largest attention, with a tick at uniform attention."""
+    """The colour bar, from 0 to the top of the scale, with a tick at uniform attention."""
     box, (across, down) = axes.get_position(), figure.get_size_inches()
     upright = box.height * down > box.width * across
     shades = ScalarMappable(norm, ListedColormap(scale_colours().tolist()))
     bar = figure.colorbar(shades, axes, orientation="vertical" if upright else "horizontal")
     bar.set_ticks([0, 1 / patches, float(norm.vmax or 1)])
-    bar.set_ticklabels(["0", "", number(float(norm.vmax or 1))])
+    bar.set_ticklabels(["0", "", top(norm)])
     bar.ax.tick_params(length=3, labelsize=6.5, color=matplotlib.rcParams["text.color"])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
@@ -188,7 +200,7 @@ def head_grid(
     layers, across = maps.shape[:2]
     rows = [[Head(i, j) for j in range(across)] for i in range(layers)]
     rows = rows if heads is None else [list(heads)]
-    norm = Normalize(0, max(float(maps[h.layer, h.index].max()) for row in rows for h in row))
+    norm = up_to([float(maps[h.layer, h.index].max()) for row in rows for h in row])
     side, patches = 1.1 if heads is None else 2.2, maps.shape[2]
     width = max(len(rows[0]) * (side + 0.08) + 0.3 + side, 4.2)
     with themed(theme):
@@ -211,7 +223,7 @@ def caption(results: SweepResults, head: Head) -> str:
     total = shown(results)
     if total == 0:
         return f"No pictures of {head}: the sweep kept none (--gallery 0)."
-    largest = number(float(scale(results, [head]).vmax or 0))
+    last = top(scale(results, [head]))
     first = np.array_equal(results.gallery_rows[:total], np.arange(total))
     chosen = "the first" if first else "a choice"
     return (
@@ -219,7 +231,7 @@ def caption(results: SweepResults, head: Head) -> str:
         f"{plural(len(results.image_ids), 'scored picture')} in the data's order, not picked by "
         "score. Each pair: pixels as the tower saw them with their boxes, then the same in grey "
         f"under the attention, patches drawn as they are (nearest neighbour, {percent(OPACITY)} "
-        f"opaque). One colour scale for all, 0 to {largest} of the "
-        "attention to patches. In-box mass is this picture's; area is what uniform attention "
-        "would have."
+        f"opaque). One colour scale for all, 0 to {last} of the attention to patches (the median "
+        "of the pictures' largest; all above is of one colour). In-box mass is this picture's; "
+        "area is what uniform attention would have."
     )

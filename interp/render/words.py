@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from interp.analysis import Baseline, Findings
+from interp.causal.said import agreement_said, champion_said, sets_said
 from interp.heads import Head
 from interp.results import SweepResults
 from interp.stats.intervals import Interval
@@ -99,6 +101,11 @@ def significant(findings: Findings) -> np.ndarray:
     return findings.verdict.discovery.p_adjusted <= ALPHA
 
 
+def stands_out(findings: Findings) -> bool:
+    """Whether the champion is among them."""
+    return bool(significant(findings)[findings.champion.layer, findings.champion.index])
+
+
 def untrained(findings: Findings) -> list[Baseline]:
     """Rows of the baseline table that are towers before training."""
     return [row for row in findings.baselines if row.kind == "untrained"]
@@ -113,27 +120,30 @@ def head_row(findings: Findings, head: Head) -> dict[str, Any]:
     return next(row for row in findings.heads if row["head"] == str(head))
 
 
-def evidence(findings: Findings, head: Head) -> tuple[str, str]:
-    """Excess of a head on validation with its interval, and its p-value, as two short lines.
+def evidence(findings: Findings, head: Head) -> tuple[str, ...]:
+    """Excess of a head on validation, and its p-values, as short lines, each with its own n.
 
-    One of discovery's best five has its own interval and test on validation; for another head there
-    is the simultaneous band and the max-T p of discovery.
+    One of discovery's best five has an interval and a test of its own on validation; for another
+    head there is the band over all heads. Every head has the max-T p of discovery.
     """
-    verdict = findings.verdict
+    verdict, row = findings.verdict, head_row(findings, head)
+    chosen = (
+        f"discovery p = {p_value(row['discovery_p_adjusted'])} (max-T over all heads), "
+        f"n = {count(verdict.discovery.n)}"
+    )
     if head in verdict.top:
         k = verdict.top.index(head)
-        excess = span(verdict.validation[k], 4)
-        p, holm = p_value(verdict.p[k]), p_value(verdict.p_holm[k])
         return (
-            f"validation excess {excess}",
-            f"p = {p} (Holm {holm}), n = {count(verdict.validation[k].n)}",
+            f"validation excess {span(verdict.validation[k], 4)} (interval of this head alone), "
+            f"p = {p_value(verdict.p[k])} (Holm {p_value(verdict.p_holm[k])}), "
+            f"n = {count(verdict.validation[k].n)}",
+            chosen,
         )
-    row = head_row(findings, head)
     band = {name: row[f"validation_{name}"] for name in ("low", "high")}
     return (
-        f"validation excess {span(band | {'estimate': row['validation_excess']}, 4)} (band)",
-        f"discovery p = {p_value(row['discovery_p_adjusted'])} (max-T), "
-        f"n = {count(verdict.band.n)}",
+        f"validation excess {span(band | {'estimate': row['validation_excess']}, 4)} (band over "
+        f"all heads), n = {count(verdict.band.n)}",
+        chosen,
     )
 
 
@@ -148,21 +158,49 @@ def answer(results: SweepResults, findings: Findings) -> list[str]:
 
 
 def _champion(results: SweepResults, findings: Findings) -> str:
-    verdict, heads = findings.verdict, len(findings.heads)
+    """The verdict, what chose the head and what training adds to it, and the test of validation."""
+    verdict, head = findings.verdict, findings.champion
     excess, p = verdict.validation[0], float(verdict.p[0])
     smallest = 1 / (results.manifest["draws"] + 1)
-    least = " the smallest that the permutations can give," if p <= smallest * 1.0001 else ""
-    found = (
-        "Its attention covaries with where this picture's boxes are."
-        if p <= ALPHA
-        else "That is no evidence that its attention follows this picture's boxes."
+    least = ", the smallest that the permutations can give" if p <= smallest * 1.0001 else ""
+    towers = untrained(findings)
+    above = [row for row in towers if sign(row.difference) > 0]
+    if p > ALPHA:
+        found = "No evidence that the champion's attention follows this picture's boxes."
+    elif not stands_out(findings):
+        found = (
+            "Not established that a head's attention follows this picture's boxes: the champion "
+            "passes its own test, but not the one over all heads."
+        )
+    elif len(above) < len(towers):
+        found = (
+            "The champion's attention covaries with where this picture's boxes are, but training "
+            "is not shown to be why."
+        )
+    elif towers:
+        found = (
+            "The champion's attention covaries with where this picture's boxes are, more than that "
+            "of the best head of each untrained tower."
+        )
+    else:
+        found = (
+            "The champion's attention covaries with where this picture's boxes are; whether "
+            "training is why was not asked."
+        )
+    told = (
+        f"its excess lies above that of {count(len(above)) if above else 'none'} of "
+        f"{plural(len(towers), 'untrained tower')}"
+        if towers
+        else "no untrained tower was swept"
     )
+    best = p_value(findings.verdict.discovery.p_adjusted[head.layer, head.index])
     return (
-        f"The champion of {plural(heads, 'head')} is {findings.champion}, chosen on "
-        f"{plural(verdict.discovery.n, 'discovery picture')}. On "
-        f"{plural(excess.n, 'validation picture')} that took no part in the choice, the excess of "
-        f"its attention on the boxes over its own prior is {span(excess, 4)} (chance 0; "
-        f"p = {p_value(p)},{least} one-sided pairing permutation). {found}"
+        f"{found} The champion {head}, best of {plural(len(findings.heads), 'head')} on "
+        f"{plural(verdict.discovery.n, 'discovery picture')}, is "
+        f"{'' if stands_out(findings) else 'not '}significant there (max-T over all heads p = "
+        f"{best}); {told}. On {plural(excess.n, 'validation picture')} that took no part in the "
+        f"choice, its attention on the boxes exceeds its own prior by {span(excess, 4)} (chance 0; "
+        f"one-sided pairing permutation of this one head, p = {p_value(p)}{least})."
     )
 
 
@@ -183,15 +221,15 @@ def _training(findings: Findings) -> str:
     above = [row for row in rows if sign(row.difference) > 0]
     closest = min(rows, key=lambda row: row.difference.estimate)
     gap = (
-        f"the closest is {closest.name.removeprefix('untrained tower, ')}: difference "
+        f"the least difference, to {closest.name.removeprefix('untrained tower, ')}, is "
         f"{span(closest.difference, 4)}, paired by picture, n = {count(closest.difference.n)}"
     )
     towers = plural(len(rows), "untrained tower")
     if len(above) < len(rows):
         return (
-            f"Against {towers}, each with its own best head, the champion's excess is larger by "
-            f"the interval in {count(len(above))} ({gap}): the sweep does not show that training "
-            "made the head."
+            f"Against {towers}, each with its own best head, the interval of the difference lies "
+            f"above 0 for {count(len(above))} ({gap}): the sweep does not show that training made "
+            "the head."
         )
     enough = (
         "training made it so"
@@ -242,14 +280,19 @@ def _stability(findings: Findings) -> str:
         f"It ranks first in {percent(verdict.p_first[at])} and among the first five in "
         f"{percent(verdict.p_top[at])} of the resamples of discovery. Its excess there was "
         f"{number(float(verdict.discovery.mean[at]), 4)} (shrinkage "
-        f"{number(verdict.shrinkage, 4)}). {span(findings.class_mass)} of its attention stays on "
-        f"the class token, and {span(findings.sink_mass)} of the rest falls on sinks."
+        f"{number(verdict.shrinkage, 4)}). The class token keeps {span(findings.class_mass)} of "
+        f"its attention; of that to patches, {span(findings.sink_mass)} falls on sinks."
     )
 
 
 def removal(ablation: dict[str, Any]) -> list[str]:
-    """What removing the champion did, one sentence a kind of ablation."""
-    return [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in ablation["sentences"]]
+    """What removing the champion did: what the kinds of ablation agree on, each of them, and the
+    best heads together."""
+    rows, champion = ablation["units"], ablation["champion"]
+    told = [agreement_said(rows, champion), *champion_said(rows, champion)]
+    told.append(sets_said(ablation["sets"]) if ablation["sets"] else None)
+    shown = [sentence for sentence in told if sentence]
+    return [re.sub(r"(?<![\w.)])-(?=\d)", "−", f"{s[:1].upper()}{s[1:]}.") for s in shown]
 
 
 def limits(
@@ -273,6 +316,8 @@ def limits(
         )
     if findings.verdict.p[0] > ALPHA:
         found.append("That any head follows the boxes: the champion's test does not reject.")
+    if not stands_out(findings):
+        found.append("That the champion stands out among all heads: discovery does not show it.")
     if not towers or any(sign(row.difference) <= 0 for row in towers):
         found.append("That training made the champion: see the contrast with untrained towers.")
     elif len(towers) < TOWERS_NEEDED:

@@ -337,7 +337,8 @@ def _two_way_error(
         terms += part**2 / (m - 1)
         both += float(np.nanvar(drawn - drawn.mean(0), axis=1).sum()) / (k * (m - 1))
     # The part from pictures has as many degrees of freedom as pictures: infinite beside the seeds.
-    variance = over_seeds + max(over_pictures - both, 0.0)
+    # Neither part alone may be larger than the whole: two seeds may differ by the same by chance.
+    variance = max(over_seeds + max(over_pictures - both, 0.0), over_pictures)
     if min(map(len, arms)) == 1:  # one spread serves both arms
         terms = over_seeds**2 / (max(map(len, arms)) - 1)
     return math.sqrt(variance), variance**2 / terms if terms else math.inf

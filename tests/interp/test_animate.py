@@ -84,8 +84,8 @@ def test_training_shares_one_scale_over_checkpoints(results):
     drawn = animation.training_frames([10, 20], [faint, results], [Head(1, 2)], 0)
     assert len(drawn) == 2 and drawn[0].shape == drawn[1].shape
     assert not np.array_equal(*drawn)
-    alone = animation.training_frames([20], [results], [Head(1, 2)], 0)
-    assert np.array_equal(alone[0], drawn[1])  # the strongest sets the scale of both
+    again = animation.training_frames([10, 20], [results, results], [Head(1, 2)], 0)
+    assert not np.array_equal(again[1], drawn[1])  # the scale is that of all checkpoints
     other = small_sweep(seed=9)
     with pytest.raises(UserError, match="other pictures"):
         animation.training_frames([1, 2], [other, results], [Head(0, 0)], 0)
@@ -96,7 +96,9 @@ def test_training_shares_one_scale_over_checkpoints(results):
     [
         ("--what layers --image nope", "is none that the sweep kept"),
         ("--what layer --layer 7", "layers 0 to 1"),
-        ("--challenger L9H9", "heads are L0H0 to L1H2"),
+        ("--challenger L9H9", "--challenger L9H9: the tower's heads are L0H0 to L1H2"),
+        ("--challenger x", "--challenger: 'x' is not a head"),
+        ("--what sheets --head L9H1", "--head L9H1: the tower's heads are L0H0 to L1H2"),
         ("--what training --head x", "checkpoint.s. are swept, two are needed"),
         ("--head L0H0", "--head goes with --what training or sheets"),
         ("--largest 0", "--largest 0 must lie in"),

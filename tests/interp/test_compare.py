@@ -12,7 +12,7 @@ from reference import likeness as naive
 from sweeps import small_sweep
 
 from interp.ablate import main as ablate
-from interp.compare import main, matching_said, render, said
+from interp.compare import SHOWN, main, matching_said, render, said
 from interp.comparison import (
     Side,
     Tower,
@@ -314,7 +314,10 @@ def test_index_is_kept_and_numbers_are_those_of_sweep_and_ablation(runs, capsys)
     for path in pair:
         words = "--kinds mean --sets 0 --draws 99 --threads 1 --max-memory 0.5"
         ablate(["--ckpt", str(path), *words.split()])
-    report, _ = compared(capsys, *pair)
+    report, printed = compared(capsys, *pair)
+    tables = [line for line in printed.splitlines() if line.startswith("L")]
+    assert len(tables) == 2 * SHOWN and max(map(len, tables)) < 130  # maps, then effects
+    assert all(f"{told}: " in printed for told in ("80 % at", "power(2)", "moved", "removal"))
     assert report["matching"]["by_index"] and report["no_removal"] is None
     assert all(row["first"] == row["second"] for row in report["heads"])
     for name, path in zip(("first", "second"), pair):

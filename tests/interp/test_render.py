@@ -73,8 +73,11 @@ def test_gallery_has_one_colour_scale_and_the_data(results, findings):
     head = findings.champion
     figure = gallery.gallery(results, head)
     over = [i for axes in figure.axes for i in axes.images if i.get_cmap().name == gallery.MAP]
-    largest = results.maps[:3, head.layer, head.index].astype(float).max()
-    assert len(over) == 3 and {i.get_clim() for i in over} == {(0, largest)}
+    largest = results.maps[:3, head.layer, head.index].astype(float).max(axis=1)
+    top = sorted(largest)[1]
+    assert len(over) == 3 and {i.get_clim() for i in over} == {(0, top)}
+    bars = [axes for axes in figure.axes if not axes.images and axes.get_xticklabels()]
+    assert [t.get_text() for t in bars[0].get_xticklabels()] == ["0", "", f"≥ {words.number(top)}"]
     for i, image in enumerate(over):
         shown = np.asarray(image.get_array())
         expected = results.maps[i, head.layer, head.index].reshape(SIDE, SIDE)
@@ -84,7 +87,7 @@ def test_gallery_has_one_colour_scale_and_the_data(results, findings):
     masses = results.metrics["in_box_mass"][:3, head.layer, head.index]
     for mass in masses:
         assert any(f"in-box mass {words.number(mass)}" in text for text in texts(figure))
-    assert words.number(largest) in gallery.caption(results, head)
+    assert f"0 to ≥ {words.number(top)} of" in gallery.caption(results, head)
     assert any(
         "validation, picture-003" in t for t in texts(gallery.gallery(small_sweep(0, 4), head))
     )
@@ -112,12 +115,13 @@ def test_animation_is_one_scale_equal_frames_and_small(results, findings):
     assert rival == findings.verdict.top[1]
     norm = gallery.scale(results, [findings.champion, rival])
     heads = [(h.layer, h.index) for h in (findings.champion, rival)]
-    assert norm.vmax == max(results.maps[:3, *head].max() for head in heads)
+    largest = [float(results.maps[i, *head].max()) for head in heads for i in range(3)]
+    assert norm.vmax == pytest.approx(np.median(largest)) and norm(1.0) == 1
     for i in range(3):
         figure = animation.duel(results, findings, rival, i, norm)
         over = [m for axes in figure.axes for m in axes.images if m.get_cmap().name == gallery.MAP]
         assert [m.get_clim() for m in over] == [(0, norm.vmax)] * 2
-        said = " ".join(texts(figure))
+        said = " ".join(" ".join(texts(figure)).split())
         for k, head in enumerate((findings.champion, rival)):
             assert words.number(gallery.mass(results, head, i)) in said
             assert words.span(findings.verdict.validation[k], 4) in said
@@ -134,6 +138,9 @@ def test_animation_is_one_scale_equal_frames_and_small(results, findings):
     assert durations == {animation.MILLISECONDS} and len(colours) <= 256
     assert (255, 255, 255) in colours
     assert encoded == animation.gif(animation.frames(results, findings, rival))[0]
+    lower = animation.gif([frames[0][:-20], *frames[1:]])[0]  # fewer lines of words
+    with Image.open(io.BytesIO(lower)) as moving:
+        assert moving.n_frames == 3 and moving.size == frames[1].shape[1::-1]
     shorter, left = animation.gif(frames, len(encoded) - 1)
     assert left < 3 and len(shorter) < len(encoded)
 
@@ -156,6 +163,11 @@ def test_a_head_outside_the_finalists_is_given_its_band(findings):
     row = words.head_row(findings, outside)
     assert words.number(row["validation_low"], 4) in excess and "band" in excess
     assert words.p_value(row["discovery_p_adjusted"]) in p and "discovery" in p
+    chosen, judged = (int(n) for n in (findings.verdict.discovery.n, findings.verdict.band.n))
+    assert chosen != judged and p.endswith(f"n = {chosen}") and excess.endswith(f"n = {judged}")
+    own, also = words.evidence(findings, findings.champion)
+    assert "this head alone" in own and own.endswith(f"n = {judged}")
+    assert also.startswith("discovery p") and also.endswith(f"n = {chosen}")
 
 
 def test_themes_differ_in_paper_and_repeat_byte_for_byte(results, findings):

@@ -7,13 +7,17 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from interp.analysis import analyse
-from interp.render import words
+from interp.heads import Head
+from interp.render import gallery, words
 from interp.render.explorer import explorer
-from interp.report import build, checkpoint_of, main, newest_sweep, pages, read_sibling
+from interp.report import build, checkpoint_of, folder_of, main, newest_sweep, pages, read_sibling
+from interp.stats.intervals import Interval
 from superclip.errors import UserError
 from tests.conftest import refused
 from tests.interp.sweeps import small_sweep
@@ -71,6 +75,8 @@ def ablation(results, **changes):
         "p_adjusted": 0.002,
         "rank": 1,
         "of": 2,
+        "layer_rank": 1,
+        "layer_of": 1,
         "measures": {"i2t@1": interval(-0.02)},
     }
     manifest = results.manifest
@@ -82,7 +88,7 @@ def ablation(results, **changes):
         "estimates": {},
         "intact": {"margin": interval(0.3), "i2t@1": interval(0.5)},
         "units": [head],
-        "sentences": ["mean ablation of the champion L1H2: it matters"],
+        "champion": "L1H2",
         "sets": None,
     } | changes
 
@@ -143,7 +149,7 @@ def test_every_number_is_the_findings(plain, run):
     for row in findings.baselines:
         assert row.name in plain and words.span(row.difference, 4) in plain
     assert "12.3 [10.0, 20.0]" in plain and "−0.0567 [−0.0667, −0.0467]" in plain
-    assert "Mean ablation of the champion L1H2: it matters." in plain and "1 of 2" in plain
+    assert "removing it costs margin (rank 1 of 2 removed heads by loss of margin)" in plain
 
 
 def test_nothing_is_fetched(text):
@@ -184,6 +190,11 @@ def test_pictures_that_would_make_the_page_too_large_are_left_out_of_the_explore
     whole, cut = (explorer(results, findings, None, size) for size in (100_000, 3_000))
     assert whole["kept"] == cut["kept"] == len(whole["pictures"]) > len(cut["pictures"]) > 0
     heads, patches = len(findings.heads), results.maps.shape[-1]
+    top = np.median(results.maps[:3, 1, 2].astype(float).max(axis=1))  # as in the gallery
+    assert whole["tops"][1][2] == pytest.approx(top) == gallery.scale(results, [Head(1, 2)]).vmax
+    shown = np.frombuffer(base64.b64decode(whole["maps"]), np.uint8).reshape(results.maps[:3].shape)
+    expected = 255 * np.minimum(results.maps[:3, 1, 2].astype(float) / top, 1)
+    np.testing.assert_array_equal(shown[:, 1, 2], np.rint(expected))
     assert len(base64.b64decode(cut["maps"])) == len(cut["pictures"]) * heads * patches
 
 
@@ -203,8 +214,30 @@ def test_a_blind_tower_is_reported_as_null():
     findings = analyse(results)
     assert findings.verdict.p[0] > words.ALPHA
     said = " ".join(words.answer(results, findings))
-    assert "no evidence" in said and "covaries" not in said and "training made it so" not in said
+    assert "No evidence" in said and "covaries" not in said and "training made it so" not in said
     assert any("does not reject" in s for s in words.limits(results, findings, None, None))
+
+
+def test_the_first_sentence_claims_no_more_than_all_tests_together():
+    results = small_sweep()
+    findings = analyse(results)
+    said = words.answer(results, findings)[0]
+    assert said.startswith("The champion's attention covaries") and "each untrained tower" in said
+    assert "is significant there" in said and "above that of 2 of 2 untrained towers" in said
+    discovery = findings.verdict.discovery
+    lost = replace(discovery, p_adjusted=np.full_like(discovery.p_adjusted, 0.75))
+    missed = replace(findings, verdict=replace(findings.verdict, discovery=lost))
+    said = words.answer(results, missed)[0]
+    assert said.startswith("Not established") and "covaries" not in said
+    assert "is not significant there (max-T over all heads p = 0.75)" in said
+    assert any("stands out" in limit for limit in words.limits(results, missed, None, None))
+    flat = Interval(0.0, -0.1, 0.1, 28)
+    rows = [replace(row, difference=flat) for row in findings.baselines]
+    said = words.answer(results, replace(findings, baselines=tuple(rows)))[0]
+    assert "training is not shown to be why" in said and "none of 2 untrained towers" in said
+    fixed = tuple(row for row in findings.baselines if row.kind == "fixed")
+    said = words._champion(results, replace(findings, baselines=fixed))
+    assert "was not asked" in said and "no untrained tower was swept" in said
 
 
 def test_two_sweeps_share_a_page(run, tmp_path):
@@ -240,16 +273,17 @@ def test_the_checkpoint_is_known_by_its_hash(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images_sha256": "f" * 64}, "images_sha256"),
-        ({"checkpoint_sha256": "f" * 64}, "checkpoint_sha256"),
-        ({"schema": 1}, "schema"),
+        ({"images_sha256": "f" * 64}, r"is of other pictures than this sweep \(another --num"),
+        ({"checkpoint_sha256": "f" * 64}, "is of another checkpoint than this sweep"),
+        ({"schema": 1}, "is of another schema"),
     ],
 )
 def test_foreign_ablation_is_refused(tmp_path, change, message):
     results = small_sweep()
     (tmp_path / "ablation.json").write_text(json.dumps(ablation(results, **change)))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as told:
         read_sibling(tmp_path, results, "ablation")
+    assert "ffff" not in str(told.value) and "interp.ablate --overwrite" in str(told.value)
 
 
 def test_evaluation_of_another_checkpoint_is_left_out(tmp_path):
@@ -274,6 +308,25 @@ def test_newest_sweep_is_found(tmp_path):
         newest_sweep(tmp_path)
     small_sweep().save(tmp_path / "a" / "sweep")
     assert newest_sweep(tmp_path) == tmp_path / "a" / "sweep"
+
+
+def test_files_of_a_sweep_stand_for_its_folder(tmp_path):
+    folder = tmp_path / "run" / "sweep"
+    checkpoint = tmp_path / "run" / "final_epoch.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"is a checkpoint; run python -m interp.sweep --ckpt"):
+        folder_of(checkpoint)
+    small_sweep().save(folder)
+    assert folder_of(folder) == folder_of(folder / "results.json") == folder
+    with pytest.raises(UserError, match=f"is a checkpoint; give the folder of its sweep, {folder}"):
+        main([str(checkpoint)])
+    with pytest.raises(UserError, match="give the folder of a sweep"):
+        folder_of(Path(__file__))
+    with pytest.raises(UserError, match=r"there is no .*nope; give the folder of a sweep"):
+        folder_of(tmp_path / "nope")
+    with pytest.raises(UserError, match="--challenger: 'x' is not a head"):
+        main([str(folder / "results.json"), "--challenger", "x"])
 
 
 def test_bad_folders_end_in_one_line(tmp_path):
