@@ -118,8 +118,13 @@ def read_recipe(name: str) -> dict[str, Any]:
     if name not in known:
         raise UserError(f"--recipe {name!r} is unknown; {nearest(name, known)}, or --recipe list")
     own = read_config_file(known[name])
-    base = own.pop("extends", None)
-    return own if base is None else read_recipe(base) | own
+    if "extends" not in own:
+        return own
+    base = read_recipe(own.pop("extends"))
+    if own.get("loss", base["loss"]) != base["loss"]:  # another loss has other options
+        owners = owner_of_keys(base["loss"])
+        base = {key: value for key, value in base.items() if owners.get(key) != "options"}
+    return base | own
 
 
 def recipe_list() -> str:
