@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import SIZES, free_port
 from reference import pairwise as naive
 
 from superclip.config import CyClipOptions, OnlineClrOptions, SigLipOptions, VicRegOptions
@@ -102,10 +103,9 @@ def test_equals_the_naive_reference(name):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", SIZES)
 def test_ranks_equal_the_naive_reference(size, tmp_path):
-    port = 22_000 + os.getpid() % 20_000 + size
-    mp.spawn(rank_main, (size, port, str(tmp_path)), nprocs=size)
+    mp.spawn(rank_main, (size, free_port(), str(tmp_path)), nprocs=size)
     found = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(size)]
     for k, name in enumerate(OPTIONS):
         hold_against_reference(name, [rank[k] for rank in found])
