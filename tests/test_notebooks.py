@@ -78,7 +78,7 @@ def test_attention_maps(tmp_path, monkeypatch):
     champion = json.loads((ran.logs / "superclip/sweep/findings.json").read_text())["champion"][
         "head"
     ]
-    assert f"The champion of 16 heads is {champion}, chosen on" in ran.text
+    assert f"The champion {champion}, best of 16 heads on" in ran.text
     assert "torch.Size([1, 4, 26, 26])" in ran.text and "(4, 4, 25)" in ran.text
 
 
@@ -94,7 +94,7 @@ def test_sweep_and_statistics(tmp_path, monkeypatch):
 def test_superclip_beside_clip(tmp_path, monkeypatch):
     ran = Ran("04", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
     assert "heads matched by" in ran.text
-    assert ran.pictures == 2 and ran.text.count("The champion of 16 heads is") == 2
+    assert ran.pictures == 2 and ran.text.count(", best of 16 heads on") == 2
     assert "descriptive" in ran.text and "retrieval" in ran.text
     (report,) = (ran.logs / "arms/superclip").glob("compare_*.json")
     assert json.loads(report.read_text())["paired"]
@@ -113,7 +113,7 @@ def test_grounding_appears(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "number, pictures, says",
     [
-        ("01", 4, r"The champion of 16 heads is L\dH\d, chosen on 505 discovery pictures"),
+        ("01", 4, r"The champion L\dH\d, best of 16 heads on 505 discovery pictures"),
         ("02", 2, r"champion minus it|16 heads are significant on discovery"),
         ("03", 1, r"mean ablation of the champion L\dH\d \(n = 304\)"),
         ("04", 2, r"descriptive"),
