@@ -108,7 +108,7 @@ def test_wrong_options_are_named(coco, tmp_path, words, message):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="there is no folder .*none"):
+    with pytest.raises(ValueError, match=r"there is no folder .*none"):
         run("coco", "--root", tmp_path / "none", "--out", tmp_path / "out")
 
 
