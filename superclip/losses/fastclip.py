@@ -2,7 +2,9 @@
 Training with Limited Resources", 2024): SogCLR and iSogCLR with a falling weight of the moving
 average, a communication-saving gradient, and four ways to a temperature.
 
-The log domain and the standard per-row Adam of v2 are ours; `losses.md` 4 and 5 tell why.
+Ours: the log domain, since exp((s_ij - s_ii) / tau) leaves single precision at tau = .01 where a
+negative beats its positive; and v2's standard Adam by row, whose released form corrects for a bias
+that its first steps do not have.
 """
 
 from __future__ import annotations

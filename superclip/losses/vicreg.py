@@ -20,9 +20,10 @@ class VicRegLoss(Loss):
     """Mean squared difference of partners, a hinge on each dimension's standard deviation (mean of
     the two modalities), and squared covariances between dimensions over d (sum of the two).
 
-    Divided by d and by 2 as in the released code, where the paper's equations 1 and 6 are not. The
-    moments are of the global batch: every rank computes them whole, from 2 B d numbers. The
-    features are not brought to unit length, and the temperature plays no part.
+    The invariance is a mean over dimensions too and the hinges are halved, as in the released code;
+    the paper's equations 5 and 6 have neither. The moments are of the global batch: every rank
+    computes them whole, from 2 B d numbers. The features are not brought to unit length, and the
+    temperature plays no part.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"raw_features"})

@@ -1,5 +1,5 @@
 """Two towers of other libraries, each with a linear head: timm sees, Hugging Face transformers
-reads (the small-batch course project, losses.md section 8).
+reads (the small-batch course project).
 
 The model configuration alone rebuilds the model on any machine: it names timm's architecture and
 holds the text tower's configuration and tokenizer as plain values. No folder, no hub, no code of

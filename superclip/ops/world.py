@@ -141,8 +141,7 @@ class World:
         return lambda: self._call(work.wait)
 
     def gather(self, rows: Shaped[Tensor, "b d"]) -> Shaped[Tensor, "B d"]:
-        """Rows of every rank in rank order; differentiable with the exact gradient (losses.md
-        10.4)."""
+        """Rows of every rank in rank order; differentiable, with the exact gradient."""
         return _Gather.apply(rows, self) if self.size > 1 else rows  # pyright: ignore[reportReturnType]
 
     def exchange(self, numbers: Float64[Tensor, " n"]) -> Float64[Tensor, "k n"]:

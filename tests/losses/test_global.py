@@ -1,5 +1,5 @@
 """The losses with normalisers of every sample: against the naive reference on one process and on
-two, three and four ranks; the identities of losses.md; what their tables keep."""
+two, three and four ranks; the identities that the papers imply; what their tables keep."""
 
 import math
 import os
@@ -206,7 +206,7 @@ def test_v2_whose_temperatures_stand_still_is_v1_times_tau():
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_the_scale_gradient_of_v3_is_the_closed_form(twice):
-    """dL/dl = -tau (rho + mean(lambda) / 2) + k / 2 mean_i sum_j q_ij a_ij (losses.md 4.4)."""
+    """dL/dl = -tau (rho + mean(lambda) / 2) + k / 2 mean_i sum_j q_ij a_ij."""
     x, z, *_ = data(0)
     options = FastClipV3Options(rho=2.0, normalizer_eps=1e-300, published_tau_gradient=twice)
     *_, got = one_step("fastclip-v3", options, x, z, 7.0)
