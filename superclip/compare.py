@@ -8,6 +8,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from superclip.config import (
+    LOSS_OPTIONS,
     EvalConfig,
     GridConfig,
     Task,
@@ -33,11 +35,14 @@ each beside CLIP: image-to-text and text-to-image R@1, zero-shot top-1 and their
 standard deviation over seeds, and the paired difference with Holm's adjustment. What stands after
 -- goes to every superclip.train:
 
-  python -m superclip.compare --losses clip,sogclr,fastclip-v3 --seeds 6 --tune 3 -- --epochs 1
+  python -m superclip.compare --losses clip,sogclr,fastclip-v3 --seeds 6 --tune 3 \\
+      -- --train-num-samples 9600 --epochs 4
 
 --tune N searches each arm's learning rate on held-out data that the comparison never sees; one rate
 for all losses is no comparison. Done runs are kept: the same command goes on."""
 SCHEMA = 1
+DIVERGED = -1.0
+"""Score of a rate at which training did not stay finite."""
 STEP = 2.0
 """Ratio of neighbouring learning rates of a search."""
 MOST_BEYOND = 4
@@ -48,6 +53,10 @@ RATES = {"adamw": 5e-4, "adam": 5e-4, "sgd": 0.1, "lamb": 2e-3, "lion": 1e-4}
 """Middle of a search from scratch; from pretrained weights a tenth of it."""
 SHOWN = {"image-to-text R@1": "TR@1", "text-to-image R@1": "IR@1", "top-1": "top-1", "mAP": "mAP"}
 """Measures of the table, and the course of small-batch losses' names for them."""
+
+
+class Diverged(UserError):
+    """A run whose numbers are no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +103,36 @@ class Grid:
             if any(word.partition("=")[0] == flag for word in shared):
                 raise UserError(f"{flag} is the comparison's own; leave it out after --")
         self.arms = [Arm(loss, o) for o in config.optimizers for loss in config.losses]
-        self.reference = Arm(config.against, config.optimizers[0])
-        if self.reference not in self.arms:
+        if config.against not in config.losses:
             raise UserError(f"--against {config.against} is not among --losses")
+        self.searches: dict[str, dict[str, Any]] = {}
         first = self.parsed(self.arms[0], TUNING_SEED, None, config.out)
         for arm in self.arms:
             self.parsed(arm, TUNING_SEED, None, config.out)
+        if first.epochs == 1:
+            with_tables = [a for a in config.losses if LOSS_OPTIONS[a].keeps_samples]
+        else:
+            with_tables = []
+        self.without_memory = with_tables
         self.pretrained = not first.model.from_scratch
         self.scenes = is_scenes(first.data.train_data)
         self.dev = config.tune_data or ("scenes:tune" if self.scenes else None)
         if config.tune and self.dev is None:
-            raise UserError(
-                "--tune needs --tune-data: held-out data that the comparison never sees"
-            )
+            raise UserError("--tune needs --tune-data: data that the comparison never sees")
+        if config.tune:
+            self._refuse_judged(first, str(self.dev))
+
+    def _refuse_judged(self, first: TrainConfig[Any], dev: str) -> None:
+        """Raises UserError if rates would be chosen on the pictures that train or judge."""
+        from superclip.data.sources import held_out_spec, open_source
+
+        judged = self.config.val_data or first.data.val_data or held_out_spec(first.data.train_data)
+        seed, digest = first.data.data_seed, {}
+        for what, spec in (("judge", judged), ("train", first.data.train_data), ("tune", dev)):
+            digest[what] = open_source(spec, None, seed, held_out=what != "train").digest
+        for what in ("judge", "train"):
+            if digest[what] == digest["tune"]:
+                raise UserError(f"--tune-data {dev} are the pictures that {what}; name others")
 
     @property
     def launcher(self) -> list[str]:
@@ -116,7 +142,7 @@ class Grid:
 
     def words(self, arm: Arm, seed: int, lr: float | None, out: Path) -> list[str]:
         """Flags of one run."""
-        own = [f"--{item}" for loss, item in self.config.options if loss == arm.loss]
+        own = [f"--{item}" for name, item in self.config.options if name in vars(arm).values()]
         words = [*self.shared, "--loss", arm.loss, "--optimizer", arm.optimizer, *own]
         if self.config.data is not None:
             words += ["--train-data", self.config.data]
@@ -131,10 +157,14 @@ class Grid:
         """Train what is not yet done, some side by side.
 
         Raises:
-            UserError: naming the run that failed, with its last line.
+            Diverged: naming the first run that ended in numbers that are not finite.
+            UserError: naming the run that failed, with its last line; no other is begun then.
         """
+        failed = threading.Event()
 
         def one(run: tuple[Arm, int, float | None, Path]) -> None:
+            if failed.is_set():
+                return
             arm, seed, lr, out = run
             command = [*self.launcher, "-m", "superclip.train", *self.words(*run)]
             done, log = (out.parent / f"{out.name}.{kind}" for kind in ("done", "log"))
@@ -147,8 +177,10 @@ class Grid:
             with log.open("a") as file:  # the trainer goes on where it was, or says what differs
                 status = subprocess.run(command, stdout=file, stderr=file).returncode
             if status or not final.is_file():
+                failed.set()
                 last = (log.read_text().strip().splitlines() or ["nothing said"])[-1]
-                raise UserError(f"{told} did not finish (see {log}): {last}")
+                kind = Diverged if "not finite" in last else UserError
+                raise kind(f"{told} did not finish (see {log}): {last}")
             replace_text(done, shlex.join(command))
 
         with ThreadPoolExecutor(self.config.jobs) as pool:
@@ -171,17 +203,35 @@ class Grid:
             rates.append(best / STEP if best == ends[0] else best * STEP)
         told = ", ".join(f"{lr:g} {100 * scores[lr]:.1f}" for lr in sorted(rates))
         at_end = " (the best is at the end of the range)" if best in ends else ""
+        if scores[best] < 0:
+            raise UserError(f"{arm}: no run of the search stayed finite ({told})")
+        self.searches[str(arm)] = {"recalls": scores, "chosen": best, "at_end": best in ends}
         print(f"{arm}: mean recall on {self.dev}: {told}; chosen {best:g}{at_end}", flush=True)
         return best
 
     def _search(self, arm: Arm, rates: Sequence[float], scores: dict[float, float]) -> None:
         folder = self.config.out / "tune" / str(arm)
         runs = [(arm, TUNING_SEED, lr, folder / f"lr-{lr:g}") for lr in rates]
-        self.train(runs)
-        for _, _, lr, out in runs:
+        self._train_or_score(runs, scores)
+        for _, _, lr, out in (run for run in runs if run[2] not in scores):
             (found,) = self.measured(out, EvalConfig(val_data=self.dev, tasks=("retrieval",)))
             recalls = [m.statistic.value for m in found.measures if " R@" in m.name]
             scores[lr] = statistics.fmean(recalls)
+
+    def _train_or_score(
+        self, runs: Sequence[tuple[Arm, int, float | None, Path]], scores: dict[float, float]
+    ) -> None:
+        """Train the runs of a search; one that diverges is the worst, not the end of all."""
+        try:
+            self.train(runs)
+        except Diverged as error:
+            print(error, flush=True)
+            for run in runs:
+                try:
+                    self.train([run])
+                except Diverged:
+                    assert run[2] is not None
+                    scores[run[2]] = DIVERGED
 
     def measured(self, out: Path, config: EvalConfig) -> list[Result]:
         """Results of a finished run."""
@@ -207,11 +257,13 @@ class Grid:
             found[arm] = [[*map(_kept, self.measured(place[arm, s], asked))] for s in seeds]
         return {
             "schema": SCHEMA,
-            "against": str(self.reference),
+            "against": config.against,
             "seeds": config.seeds,
             "tuned_on": self.dev if config.tune else None,
+            "searches": self.searches,
             "shared": self.shared,
-            "data": {r.task: r.data for r in found[self.reference][0]},
+            "data": {r.task: r.data for r in found[self.arms[0]][0]},
+            "without_memory": self.without_memory,
             "arms": {
                 str(arm): {
                     "config": to_dict(self.parsed(arm, 0, rates[arm], place[arm, 0])),
@@ -220,7 +272,7 @@ class Grid:
                 }
                 for arm, results in found.items()
             },
-            "differences": tested(found, self.reference, config.bootstrap),
+            "differences": tested(found, config.against, config.bootstrap),
         }
 
 
@@ -241,9 +293,10 @@ def _values(results: Sequence[Sequence[Result]]) -> dict[str, list[float]]:
 
 
 def tested(
-    found: Mapping[Arm, Sequence[list[Result]]], reference: Arm, draws: int
+    found: Mapping[Arm, Sequence[list[Result]]], against: str, draws: int
 ) -> list[dict[str, Any]]:
-    """Each arm minus the reference, measure by measure, with Holm's p over all rows.
+    """Each arm minus the reference of its optimizer, measure by measure, with Holm's p over all
+    rows.
 
     The average is tested over seeds alone: its parts are of unlike pictures.
     """
@@ -251,8 +304,9 @@ def tested(
 
     rows: list[dict[str, Any]] = []
     for arm, results in found.items():
-        if arm == reference:
+        if arm.loss == against:
             continue
+        reference = Arm(against, arm.optimizer)
         own = unadjusted_differences(results, found[reference], True, 2.0, draws)
         rows += [row | {"arm": str(arm), "measure": SHOWN[row["name"]]} for row in own]
         values = [_values(r)["average"] for r in (results, found[reference])]
@@ -268,10 +322,14 @@ def _over_seeds(first: Sequence[float], second: Sequence[float]) -> dict[str, An
 
     from superclip.evaluation.statistics import verdict
 
-    found: Any = ttest_rel(first, second)
-    interval = found.confidence_interval(0.95)
-    value = statistics.fmean(a - b for a, b in zip(first, second))
-    low, high, p = float(interval.low), float(interval.high), float(found.pvalue)
+    gains, floor = [a - b for a, b in zip(first, second)], 2.0 ** (1 - len(first))
+    value = statistics.fmean(gains)
+    if statistics.pstdev(gains) > 1e-12:
+        found: Any = ttest_rel(first, second)
+        interval = found.confidence_interval(0.95)
+        low, high, p = float(interval.low), float(interval.high), float(found.pvalue)
+    else:  # all seeds differ by the same: t knows no spread, relabelling the seeds does
+        low, high, p = value, value, floor if abs(value) > 1e-12 else 1.0
     return {
         "first": statistics.fmean(first),
         "second": statistics.fmean(second),
@@ -280,7 +338,7 @@ def _over_seeds(first: Sequence[float], second: Sequence[float]) -> dict[str, An
         "high": high,
         "p": p,
         "test": "t over seeds",
-        "least_p": 2.0 ** (1 - len(first)),
+        "least_p": floor,
         "verdict": verdict(low, high, p, True, len(first), len(second), True),
     }
 
@@ -311,6 +369,15 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     for row in report["differences"]:
         said = f"{row['arm']}, {row['measure']}: p {shown(row['p'])}, Holm {shown(row['p_holm'])}"
         told.append(f"  {said}: {row['verdict']}")
+    told.append("average: tested over seeds alone; the rest over seeds and pictures")
+    if idle := report.get("without_memory"):
+        told.append(
+            f"one pass over the data: {', '.join(idle)} saw every sample once, so that no moving "
+            "average was ever used; take fewer pictures and more --epochs"
+        )
+    for arm, search in report.get("searches", {}).items():
+        if search["at_end"]:
+            told.append(f"{arm}: the best rate lies at the end of its search")
     if report["tuned_on"] is None:
         told.append(
             "learning rates were not tuned (--tune N): this compares rates as much as losses"

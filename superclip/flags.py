@@ -121,10 +121,18 @@ def read_recipe(name: str) -> dict[str, Any]:
     if "extends" not in own:
         return own
     base = read_recipe(own.pop("extends"))
-    if own.get("loss", base["loss"]) != base["loss"]:  # another loss has other options
-        owners = owner_of_keys(base["loss"])
-        base = {key: value for key, value in base.items() if owners.get(key) != "options"}
-    return base | own
+    return _for_loss(base, own.get("loss", base["loss"])) | own
+
+
+def _for_loss(values: dict[str, Any], loss: str) -> dict[str, Any]:
+    """Options without those of their own loss, if another one takes its place."""
+    if loss == values.get("loss", loss):
+        return values
+    owners = owner_of_keys(values["loss"])
+    kept = {k: v for k, v in values.items() if k != "options" and owners.get(k) != "options"}
+    for tau in ("lr_tau", "lr_tau_schedule"):  # the temperature's kind is the loss's, too
+        kept.pop(tau, None)
+    return kept
 
 
 def recipe_list() -> str:
@@ -186,9 +194,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
     if loss is not None:
         if loss not in LOSS_OPTIONS:
             raise UserError(f"--loss {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
-        if loss != values.get("loss", loss):
-            values.pop("options", None)
-        values["loss"] = loss
+        values = _for_loss(values, loss) | {"loss": loss}
     default = train_config(values, f"--config {config}" if config else f"--recipe {recipe}")
     cls = TrainConfig[LOSS_OPTIONS[default.loss]]
     _refuse_other_losses(argv, default.loss)

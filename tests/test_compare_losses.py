@@ -74,7 +74,7 @@ def test_holm_is_over_all_arms_and_the_average_over_seeds(tmp_path):
         alike: [seed_of(rng, 0.5, 0.5, 0.5) for _ in range(6)],
         better: [seed_of(rng, 0.8, 0.8, 0.8) for _ in range(6)],
     }
-    rows = compare.tested(found, clip, 500)
+    rows = compare.tested(found, "clip", 500)
     assert [row["measure"] for row in rows] == ["TR@1", "IR@1", "top-1", "average"] * 2
     order = sorted(rows, key=lambda row: row["p"])
     assert order[0]["p_holm"] == pytest.approx(min(1, 8 * order[0]["p"]))
@@ -98,7 +98,9 @@ def test_holm_is_over_all_arms_and_the_average_over_seeds(tmp_path):
         ({"losses": ("clip",)}, ["--lr", "1e-3"], "--lr is the comparison's own"),
         ({"losses": ("clip",)}, ["--rho", "1"], "--rho belongs to --loss"),
         ({"losses": ("clip",), "set": ("siglip.init_bias=-5",)}, [], "for one of --losses"),
+        ({"losses": ("clip", "siglip"), "set": ("siglip.epochs=50",)}, [], "no option of siglip"),
         ({"losses": ("clip",), "tune": 3}, ["--train-data", "coco:x"], "needs --tune-data"),
+        ({"losses": ("clip",), "tune": 3, "tune_data": "scenes:val"}, [], "pictures that judge"),
         ({"losses": ("clip",), "optimizers": ("adamq",)}, [], "'adamq' is unknown"),
         ({"losses": ("clip,clip",)}, [], "name each once"),
     ],

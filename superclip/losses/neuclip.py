@@ -21,8 +21,8 @@ from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.normalizers import objective, similarity_blocks, with_tau_gradient
 from superclip.ops.world import World
 
-LARGEST_RATIO = math.exp(10)
-"""Bound on (eps + g) / exp(a) in the network's gradient: after a restart a may be far off."""
+LARGEST_GAP = 10.0
+"""Bound on log(eps + g) - a in every gradient: after a restart a may be far off."""
 ADAGRAD_EPS = 1e-10
 
 
@@ -66,13 +66,15 @@ class NeuClipLoss(Loss):
         exponents = blocks.exponents(tau)
         fresh = blocks.log_normalizers(exponents, options.normalizer_eps)
         image, text = blocks.gathered
-        self._renew(torch.stack([text, image]))
         every = world.gather(fresh.T.contiguous()).T
         anchors = torch.stack([image, text]), blocks.all_positives, tau[0, 0]
-        for _ in range(options.npn_repetition):
-            self._descend(*anchors, every)
+        if every.isfinite().all():  # else this batch is left out, and shall leave no trace
+            self._renew(torch.stack([text, image]))
+            for _ in range(options.npn_repetition):
+                self._descend(*anchors, every)
         own = blocks.own.squeeze(1)
         logs = predicted(self.prototypes, *anchors, options.normalizer_eps)[0][:, own]
+        logs = torch.maximum(logs, fresh - LARGEST_GAP)
         ratio = (fresh - logs).exp()
         self._error = (fresh - logs).abs().mean()
         surrogate, moments = blocks.surrogate(exponents, logs, tau, tau / 2, world)
@@ -100,7 +102,7 @@ class NeuClipLoss(Loss):
         """One AdaGrad step on mean_i exp(-a_i) (eps + g_i) + a_i."""
         options, held = self.options, self.prototypes
         a, weights, units = predicted(held, anchors, positives, tau, options.normalizer_eps)
-        residual = 1 - (logs - a).exp().clamp(max=LARGEST_RATIO)
+        residual = 1 - (logs - a).clamp(max=LARGEST_GAP).exp()
         pull = residual[..., None] * weights / (tau * logs.shape[1])
         grad = pull.transpose(1, 2) @ anchors.to(held.dtype)
         grad -= (grad * units).sum(2, keepdim=True) * units

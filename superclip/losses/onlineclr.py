@@ -55,7 +55,7 @@ class OnlineClrLoss(Loss):
         )
         fresh = world.gather(fresh[None]).logsumexp(0) - math.log(rows * world.size)
         logs = moving_average(self.log_u[:, None], fresh[:, None], self.options.gamma)[:, 0]
-        self.log_u.copy_(logs)
+        self.log_u.copy_(torch.where(logs.isfinite(), logs, self.log_u))
         push = ((pushes - logs[0]).exp() * cosines).sum() / negatives
         pull = ((pulls - logs[1]).exp() * positives).sum()
         value = tau * logs[0] + tau_positive * logs[1]

@@ -111,9 +111,16 @@ class PairTables(nn.Module):
     def update(
         self, batch: Batch, values: Mapping[str, Float[Tensor, "2 b"]], world: World
     ) -> None:
-        """Write this rank's samples into the tables of every rank."""
+        """Write this rank's samples into the tables of every rank.
+
+        A global batch with a number that is not finite leaves no trace: its update is left out too,
+        or ends the run (`--on-nonfinite`).
+        """
         sides = [torch.stack(rows, 1) for rows in zip(*(values[n] for n in self.images.columns))]
-        new = world.gather(torch.cat(sides, 1)).chunk(2, 1)
+        new = world.gather(torch.cat(sides, 1))
+        if not new.isfinite().all():
+            return
+        new = new.chunk(2, 1)
         ids = world.gather(torch.stack([batch.image_ids, batch.caption_ids], 1)).unbind(1)
         for table, own, rows in zip((self.images, self.captions), ids, new):
             table.update(own, rows)

@@ -34,7 +34,7 @@ def build_optimizer(
 
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if role(name, p) == kind], "name": kind}
-        | {"weight_decay": options.wd if kind == "decay" else 0.0}
+        | {"weight_decay": options.decay if kind == "decay" else 0.0}
         for kind in ("plain", "decay", "scale")
     ]
     groups.append({"params": list(loss.parameters()), "name": "loss", "weight_decay": 0.0})

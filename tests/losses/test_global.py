@@ -15,6 +15,7 @@ from reference.contrastive import info_nce
 from reference.global_contrastive import Naive
 
 from superclip.config import (
+    LOSS_OPTIONS,
     FastClipV0Options,
     FastClipV1Options,
     FastClipV2Options,
@@ -269,6 +270,34 @@ def test_a_sample_that_comes_twice_gets_the_mean_in_any_order():
     assert torch.equal(one.rows, other.rows)
     torch.testing.assert_close(one.rows[3], new[[0, 2, 4]].mean(0))
     assert one.rows[2].tolist() == [0.0, 7.0] and one.gather(ids)["b"].shape == (5,)
+
+
+def one_batch(name, options, spoil):
+    """State of a loss after three sound steps, with a spoilt one between them or not."""
+    context = replace(CONTEXT, images=B, captions=B, width=D, steps_per_epoch=100)
+    loss, world = build_loss(name, options, context), World()
+    for step in range(3):
+        x, z, *_ = data(step)
+        batch = batch_of(torch.arange(B), torch.arange(B))
+        for bad in (True, False) if spoil and step == 1 else (False,):
+            image = x.float().clone()
+            image[3] = math.nan if bad else image[3]
+            loss.observe(batch, world)
+            loss.pair_terms(image, z.float(), torch.tensor(7.0), batch, world)
+    return {k: v for k, v in loss.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize(
+    "name", ["sogclr", "isogclr", "fastclip-v2", "fastclip-v3", "neuclip", "onlineclr"]
+)
+def test_a_batch_that_is_not_finite_leaves_no_trace(name):
+    """Its update is left out (--on-nonfinite skip); so is what it would leave in the tables."""
+    options = LOSS_OPTIONS[name]()
+    if name == "neuclip":
+        options = replace(options, npn_num_protos=20)
+    sound, spoilt = (one_batch(name, options, spoil) for spoil in (False, True))
+    for key, kept in sound.items():
+        torch.testing.assert_close(spoilt[key], kept, msg=key)
 
 
 @pytest.mark.parametrize("ids", [[0, 5], [-1, 2]])

@@ -23,7 +23,8 @@ SMALL = NeuClipOptions(npn_num_protos=7, npn_repetition=3, npn_restart_iter=3, n
 CASES = [
     SMALL,
     replace(SMALL, communication="gather", npn_num_protos=30, npn_own_partner=True),
-    replace(SMALL, npn_adagrad="coordinate", npn_reset=False, npn_accumulator=0.01),
+    replace(SMALL, npn_reset=False, npn_accumulator=0.01),
+    replace(SMALL, npn_adagrad="norm"),
     replace(SMALL, npn_repetition=0, normalizer_eps=0.1),
 ]
 
@@ -129,7 +130,8 @@ def test_a_long_fit_to_fixed_features_finds_their_log_normalisers():
     x, z = data(0)
     ids = torch.arange(B)
     batch = Batch(torch.zeros(B, 1), torch.zeros(B, 1), ids, ids)
-    options = NeuClipOptions(npn_num_protos=64, npn_repetition=100, npn_restart_iter=1000)
+    fit = {"npn_num_protos": 64, "npn_repetition": 100, "npn_restart_iter": 1000}
+    options = NeuClipOptions(npn_adagrad="norm", **fit)
     loss, errors = build_loss("neuclip", options, CONTEXT).double(), []
     for _ in range(12):
         loss.observe(batch, World())
