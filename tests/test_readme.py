@@ -29,7 +29,7 @@ def test_flags_of_shown_commands_are_understood(line):
     if module == "superclip.train":
         parse_train(words)
     elif module == "superclip.compare":
-        parse(GridConfig, words, module, "")
+        parse(GridConfig, words[: words.index("--")], module, "")
     elif module == "superclip.evaluate":
         parse(EvalConfig, words, module, "")
     elif module == "superclip.pack":
