@@ -34,11 +34,11 @@ def open_subject(
     found = load_checkpoint(ckpt or newest_checkpoint(Path("logs")))
     config = found.config
     assert config is not None
-    scratch = config.model.pretrained is None
+    scratch = config.model.from_scratch
     facts = {
         "sha256": found.sha256,
         "epoch": found.epoch,
-        "model": config.model.model,
+        "model": config.model.name,
         "loss": config.loss,
         "lr": config.lr,
         "seed": config.seed,

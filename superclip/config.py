@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from superclip.errors import UserError, nearest
 
@@ -47,13 +47,34 @@ def check_seed(flag: str, seed: int | None) -> None:
         raise UserError(f"{flag} {seed} must lie in 0..2^63 - 1")
 
 
+Temperature = Literal["learnable", "constant", "individual"]
+
+
 @dataclass(frozen=True)
-class ClipOptions:
+class LossOptions:
+    """What every loss says of itself beside its options.
+
+    Attributes:
+        temperature: learnable (the model's logit scale), constant, or individual (the loss keeps
+            one of each sample, and the logit scale stays where it begins).
+        init_scale: the logit scale that its paper begins with.
+        lr_tau: learning rate of individual temperatures.
+        keeps_samples: whether it keeps numbers of every sample, idle in the first pass.
+    """
+
+    temperature: ClassVar[Temperature] = "learnable"
+    init_scale: ClassVar[float] = 1 / 0.07
+    lr_tau: ClassVar[float] = 0.0
+    keeps_samples: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class ClipOptions(LossOptions):
     """Options of `--loss clip`: none."""
 
 
 @dataclass(frozen=True)
-class SuperClipOptions:
+class SuperClipOptions(LossOptions):
     """Options of `--loss superclip` (Zhao et al., NeurIPS 2025)."""
 
     token_loss: Literal["idf", "bce"] = "idf"
@@ -78,10 +99,315 @@ class SuperClipOptions:
             )
 
 
-LossOptions = ClipOptions | SuperClipOptions
-LOSS_OPTIONS: dict[str, type[LossOptions]] = {"clip": ClipOptions, "superclip": SuperClipOptions}
+def _within(options: Any, low: float, high: float, *names: str) -> None:
+    """Raises UserError for what lies outside (low, high]."""
+    for name in names:
+        if not low < getattr(options, name) <= high:
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UserError(f"{flag} must lie in ({low:g}, {high:g}]")
+
+
+@dataclass(frozen=True)
+class TableOptions(LossOptions):
+    """Options of every loss that keeps a normaliser of each picture and each caption."""
+
+    keeps_samples: ClassVar[bool] = True
+    loss_state_device: Literal["device", "host"] = free("device")
+    """Where the table lies: 4 bytes a number and sample on the device, or in main memory."""
+    communication: Literal["reduction", "gather"] = free("reduction")
+    """reduction: features are gathered without gradient, and a few numbers a sample (FastCLIP).
+    gather: the differentiable gather, as in open_clip. Equal gradients."""
+
+
+@dataclass(frozen=True)
+class SogClrOptions(TableOptions):
+    """Options of `--loss sogclr` (Yuan et al., ICML 2022)."""
+
+    temperature: ClassVar[Temperature] = "constant"
+    init_scale: ClassVar[float] = 100.0
+    gamma: float = 0.8
+    """Weight of this batch's normaliser in the moving average."""
+    normalizer_eps: float = 1e-10
+    """Added to the normaliser."""
+    include_positive: bool = False
+    """Count the positive among the negatives, as the released code does."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "gamma")
+        _within(self, 0, 1, "normalizer_eps")
+
+
+@dataclass(frozen=True)
+class RobustOptions(TableOptions):
+    """Options of the losses that keep a temperature of each picture and each caption."""
+
+    temperature: ClassVar[Temperature] = "individual"
+    rho: float = 8.0
+    """Weight of the temperature itself in the robust objective: the larger, the lower temperatures
+    are pushed (radius of its KL ball)."""
+    tau_range: tuple[float, float] = (0.005, 1.0)
+    """Least and largest temperature of a sample."""
+    normalizer_eps: float = 1e-10
+    """Added to the normaliser: it bounds the weight of easy samples."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "normalizer_eps")
+        _check_rho(self.rho)
+        low, high = self.tau_range
+        if not 0 < low < high <= 10:
+            raise UserError(f"--tau-range {low} {high} must satisfy 0 < least < largest <= 10")
+
+
+def _check_rho(rho: float) -> None:
+    if not 0 <= rho < math.inf:
+        raise UserError(f"--rho {rho} must not be negative")
+
+
+@dataclass(frozen=True)
+class ISogClrOptions(RobustOptions):
+    """Options of `--loss isogclr` (Qiu et al., ICML 2023)."""
+
+    init_scale: ClassVar[float] = 100.0
+    lr_tau: ClassVar[float] = 0.03
+    gamma: float = 0.8
+    """Weight of this batch's normaliser in the moving average."""
+    tau_momentum: float = 0.9
+    """Weight of the new gradient in the temperature's step (the paper's beta)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within(self, 0, 1, "gamma", "tau_momentum")
+
+
+@dataclass(frozen=True)
+class FallingGamma:
+    """The weight of this batch's normaliser falls from 1, epoch by epoch (FastCLIP)."""
+
+    gamma: float = 0.2
+    """Least weight of this batch's normaliser in the moving average; 1 in the first epoch."""
+    gamma_schedule: Literal["cosine", "constant"] = "cosine"
+    """How the weight falls from 1: along half a cosine, or at once after the first epoch."""
+    gamma_decay_epochs: int | None = None
+    """Epochs until it is least. Default: half of the run's."""
+
+    def check_gamma(self) -> None:
+        """Raises UserError for what is no weight."""
+        _within(self, 0, 1, "gamma")
+        _at_least_one(self, "gamma_decay_epochs")
+        if self.gamma_schedule == "constant" and self.gamma_decay_epochs is not None:
+            raise UserError("--gamma-decay-epochs goes with --gamma-schedule cosine")
+
+    def gamma_at(self, epoch: int, epochs: int) -> float:
+        """The weight in an epoch counted from 0.
+
+        >>> [round(FallingGamma(0.2).gamma_at(e, 8), 3) for e in range(6)]
+        [1.0, 0.883, 0.6, 0.317, 0.2, 0.2]
+        """
+        fall = self.gamma_decay_epochs or max(1, epochs // 2)
+        if epoch == 0:
+            return 1.0
+        if epoch >= fall or self.gamma_schedule == "constant":
+            return self.gamma
+        return self.gamma + 0.5 * (1 - self.gamma) * (1 + math.cos(math.pi * epoch / fall))
+
+
+@dataclass(frozen=True)
+class FastClipOptions(FallingGamma, TableOptions):
+    """Options of `--loss fastclip-v0`, `-v1` and `-v3` (Wei et al. 2024)."""
+
+    normalizer_eps: float = 1e-14
+    """Added to the normaliser: it bounds the weight of easy samples (1e-6 in LAION400M's runs)."""
+
+    def __post_init__(self) -> None:
+        self.check_gamma()
+        _within(self, 0, 1, "normalizer_eps")
+
+
+@dataclass(frozen=True)
+class FastClipV0Options(FastClipOptions):
+    """Options of `--loss fastclip-v0`: one learnable temperature, no factor before the log."""
+
+    published_tau_gradient: bool = False
+    """Weigh the temperature's gradient through the normaliser twice, as the released code does."""
+
+
+@dataclass(frozen=True)
+class FastClipV1Options(FastClipOptions):
+    """Options of `--loss fastclip-v1`: SogCLR with the falling weight."""
+
+    temperature: ClassVar[Temperature] = "constant"
+
+
+@dataclass(frozen=True)
+class FastClipV2Options(FallingGamma, RobustOptions):
+    """Options of `--loss fastclip-v2`: iSogCLR with the falling weight and Adam's steps."""
+
+    init_scale: ClassVar[float] = 1 / 0.03
+    lr_tau: ClassVar[float] = 0.0133
+    rho: float = 7.0
+    """Weight of the temperature itself in the robust objective: the larger, the lower temperatures
+    are pushed (radius of its KL ball)."""
+    tau_range: tuple[float, float] = (0.01, 1.0)
+    """Least and largest temperature of a sample."""
+    normalizer_eps: float = 1e-14
+    """Added to the normaliser: it bounds the weight of easy samples."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_gamma()
+
+
+@dataclass(frozen=True)
+class FastClipV3Options(FastClipOptions):
+    """Options of `--loss fastclip-v3`: the robust objective with one learnable temperature."""
+
+    rho: float = 6.5
+    """Weight of the temperature itself in the robust objective: the larger, the lower temperatures
+    are pushed (radius of its KL ball; 8.5 on CC12M, 16 on
+    LAION400M)."""
+    published_tau_gradient: bool = False
+    """Weigh the temperature's gradient through the normaliser twice, as the released code does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rho(self.rho)
+
+
+@dataclass(frozen=True)
+class NeuClipOptions(LossOptions):
+    """Options of `--loss neuclip` (Wei et al., ICLR 2026); defaults of its DFN-14M run."""
+
+    communication: Literal["reduction", "gather"] = free("reduction")
+    """reduction: features are gathered without gradient, and a few numbers a sample. gather: the
+    differentiable gather, as in open_clip. Equal gradients."""
+    rho: float = 11.0
+    """Weight of the temperature itself in the robust objective: the larger, the lower temperatures
+    are pushed (radius of its KL ball)."""
+    normalizer_eps: float = 1e-6
+    """Added to the normaliser: it bounds the weight of easy samples."""
+    npn_num_protos: int = 4096
+    """Prototypes of each modality."""
+    npn_repetition: int = 10
+    """Steps of the network on each batch; 0 leaves it at its last restart."""
+    npn_restart_iter: int = 500
+    """Steps between two restarts from recent features."""
+    npn_lr: float = 1.0
+    """AdaGrad's learning rate."""
+    npn_adagrad: Literal["coordinate", "norm"] = "coordinate"
+    """coordinate: an accumulator of each number, as torch's. norm: one a modality, which fits worse
+    (on scenes the log-normalisers lay .14 from the batch's at the end, with coordinate .09)."""
+    npn_accumulator: float = 0.0
+    """What AdaGrad's accumulators begin with."""
+    npn_reset: bool = True
+    """Begin AdaGrad anew at a restart. Left open by the paper."""
+    npn_own_partner: bool = False
+    """Let a restart take the current batch's features, an anchor's own partner among them. Left
+    open by the paper."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "normalizer_eps")
+        _check_rho(self.rho)
+        _at_least_one(self, "npn_num_protos", "npn_restart_iter")
+        _within(self, 0, math.inf, "npn_lr")
+        if self.npn_repetition < 0 or not 0 <= self.npn_accumulator < math.inf:
+            raise UserError("--npn-repetition and --npn-accumulator must not be negative")
+
+
+def _not_negative(options: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(options, name) < math.inf:
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UserError(f"{flag} must not be negative")
+
+
+@dataclass(frozen=True)
+class CyClipOptions(LossOptions):
+    """Options of `--loss cyclip` (Goel et al., NeurIPS 2022)."""
+
+    lambda_in_modal: float = 0.25
+    """Weight of the penalty on pictures that are not as alike as their captions."""
+    lambda_cross_modal: float = 0.25
+    """Weight of the penalty on similarities that are not symmetric."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "lambda_in_modal", "lambda_cross_modal")
+        if not self.lambda_in_modal + self.lambda_cross_modal:
+            raise UserError("--lambda-in-modal 0 --lambda-cross-modal 0: use --loss clip")
+
+
+@dataclass(frozen=True)
+class VicRegOptions(LossOptions):
+    """Options of `--loss vicreg` (Bardes et al., ICLR 2022)."""
+
+    temperature: ClassVar[Temperature] = "constant"
+    sim_coeff: float = 25.0
+    """Weight of the squared distance between partners."""
+    std_coeff: float = 25.0
+    """Weight of the hinge that keeps every dimension's standard deviation at 1 or above."""
+    cov_coeff: float = 1.0
+    """Weight of the squared covariances between dimensions."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "sim_coeff", "std_coeff", "cov_coeff")
+
+
+@dataclass(frozen=True)
+class OnlineClrOptions(LossOptions):
+    """Options of `--loss onlineclr` (the contrastive loss of that name in iSogCLR's code)."""
+
+    temperature: ClassVar[Temperature] = "constant"
+    init_scale: ClassVar[float] = 100.0
+    gamma: float = 0.8
+    """Weight of this batch in the two moving averages."""
+    positive_tau_ratio: float = 10.0
+    """The positives' temperature over the negatives', which is 1 / --init-scale."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "gamma")
+        _within(self, 0, 1e4, "positive_tau_ratio")
+
+
+@dataclass(frozen=True)
+class SigLipOptions(LossOptions):
+    """Options of `--loss siglip` (Zhai et al., ICCV 2023)."""
+
+    init_scale: ClassVar[float] = 10.0
+    init_bias: float = -10.0
+    """Where the learnable bias of the logits begins: at -10 a pair is taken for a wrong one, as
+    nearly all are."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.init_bias):
+            raise UserError(f"--init-bias {self.init_bias} is no number to begin with")
+
+
+LOSS_OPTIONS: dict[str, type[LossOptions]] = {
+    "clip": ClipOptions,
+    "superclip": SuperClipOptions,
+    "sogclr": SogClrOptions,
+    "isogclr": ISogClrOptions,
+    "fastclip-v0": FastClipV0Options,
+    "fastclip-v1": FastClipV1Options,
+    "fastclip-v2": FastClipV2Options,
+    "fastclip-v3": FastClipV3Options,
+    "neuclip": NeuClipOptions,
+    "cyclip": CyClipOptions,
+    "vicreg": VicRegOptions,
+    "onlineclr": OnlineClrOptions,
+    "siglip": SigLipOptions,
+}
 
 Options = TypeVar("Options", bound=LossOptions)
+
+
+TOWER_OPTIONS = [
+    "image_weights",
+    "text_weights",
+    "embed_dim",
+    "image_size",
+    "context_length",
+    "text_pooling",
+]
 
 
 @dataclass(frozen=True)
@@ -91,16 +417,84 @@ class ModelConfig:
     file."""
     pretrained: str | None = None
     """An open_clip tag (openai, laion2b_s34b_b79k, ...) or a local file of open_clip weights."""
-    init_scale: float = 1 / 0.07
-    """Initial scale of the logits (1 / temperature); ignored with --pretrained."""
+    init_scale: float | None = None
+    """Initial scale of the logits (1 / temperature). Default: that of the loss's paper, or of
+    --pretrained."""
     grad_checkpointing: bool = free(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = free(False)
     """torch.compile the two towers, each as one graph."""
+    image_tower: str | None = None
+    """With --text-tower, in the place of --model: timm/NAME (timm/resnet50), or timm/FOLDER with a
+    local copy of a timm repository (config.json and weights)."""
+    text_tower: str | None = None
+    """With --image-tower: hf/NAME of a Hugging Face encoder (hf/distilbert-base-uncased), or
+    hf/FOLDER with a local copy. The checkpoint does not open in plain open_clip."""
+    image_weights: str | None = None
+    """published (the default: those of the name or folder), random, or a local file of weights of
+    the image tower."""
+    text_weights: Literal["published", "random"] | None = None
+    """The same of the text tower; its folder holds them."""
+    embed_dim: int | None = None
+    """Dimensions of the joint space of the two towers, each with a linear head. Default: 256."""
+    image_size: int | None = None
+    """Pixels a side for --image-tower. Default: the tower's own."""
+    context_length: int | None = None
+    """Tokens of a text for --text-tower. Default: 30."""
+    text_pooling: Literal["cls", "mean"] | None = None
+    """What --text-tower makes of its last states: the first of them (cls, the default), or the mean
+    over the text."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.init_scale <= 100:
-            raise UserError(f"--init-scale {self.init_scale} must lie in (0, 100]")
+        if self.init_scale is not None and not 1 <= self.init_scale <= 100:
+            raise UserError(f"--init-scale {self.init_scale} must lie in [1, 100]")
+        _at_least_one(self, "embed_dim", "image_size")
+        self._check_towers()
+
+    def _check_towers(self) -> None:
+        kinds = {"image_tower": "timm", "text_tower": "hf"}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value is not None and (not value.startswith(f"{kind}/") or value == f"{kind}/"):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {value!r}: spell it {kind}/NAME or {kind}/FOLDER")
+        if (self.image_tower is None) != (self.text_tower is None):
+            raise UserError("--image-tower timm/NAME and --text-tower hf/NAME go together")
+        if self.image_tower is None:
+            for name in TOWER_OPTIONS:
+                if getattr(self, name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{flag} goes with --image-tower and --text-tower")
+            return
+        for name, default in (("model", ModelConfig.model), ("pretrained", None)):
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} and --image-tower both say what the model "
+                    "is; leave one out"
+                )
+        if self.context_length is not None and self.context_length < 3:
+            raise UserError(f"--context-length {self.context_length} must be at least 3")
+
+    @property
+    def name(self) -> str:
+        """What the model is called; of local folders the last part alone.
+
+        >>> ModelConfig(image_tower="timm/resnet50", text_tower="hf//home/ada/distilbert").name
+        'timm/resnet50 + hf/distilbert'
+        """
+        if self.image_tower is None or self.text_tower is None:
+            return self.model
+        return " + ".join(
+            f"{kind}/{Path(rest).name}" if rest.startswith(("/", ".", "~")) else f"{kind}/{rest}"
+            for kind, _, rest in (t.partition("/") for t in (self.image_tower, self.text_tower))
+        )
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether every weight is drawn at random at the start."""
+        if self.image_tower is None:
+            return self.pretrained is None
+        return self.image_weights == self.text_weights == "random"
 
 
 @dataclass(frozen=True)
@@ -174,18 +568,35 @@ class OptimConfig:
     global_batch_size: int | None = None
     """Pairs per optimizer step over all processes; kept when their number changes, and with it the
     run. Default: batch size x micro-steps x processes."""
+    optimizer: Literal["adamw", "adam", "sgd", "lamb", "lion"] = "adamw"
+    """adamw, adam, sgd: torch's; lamb, lion: timm's."""
     lr: float | None = None
     """Peak learning rate. Default: 5e-4 from scratch, 5e-5 from pretrained weights. Tune it per
     loss."""
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    wd: float = 0.1
-    """Decoupled weight decay; never on norms, biases, other 1-D parameters or the logit scale."""
+    wd: float | None = None
+    """Weight decay; never on norms, biases, other 1-D parameters or the logit scale. Default: 0.1
+    with adamw and lion, where it is decoupled, and lamb; 0 with adam and sgd, which add it to the
+    gradient: .1 would crush the weights there."""
+    momentum: float = 0.9
+    """Of --optimizer sgd."""
+    nesterov: bool = False
+    """Of --optimizer sgd."""
     warmup: int = 50
-    """Steps of linear warm-up before the cosine decay to 0."""
+    """Steps of linear warm-up before the cosine decay to --lr-min."""
+    lr_min: float = 0.0
+    """Learning rate at the end of the run."""
+    lr_tau: float | None = None
+    """Learning rate of the temperature; 0 holds it constant. Default: --lr; of a loss that keeps
+    one of each sample, its paper's (.0133 fastclip-v2, .03 isogclr)."""
+    lr_tau_schedule: Literal["cosine", "const", "step_thresh"] = "cosine"
+    """Of the logit scale: as --lr, constant, or a third of it once the temperature is at most .03
+    (FastCLIP)."""
     grad_clip_norm: float | None = 1.0
-    """Largest gradient norm, of the two towers and of the token head each by itself."""
+    """Largest gradient norm, of the two towers, of the token head and of the loss's own parameters
+    each by itself."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "batch_size", "accum_freq", "global_batch_size", "epochs")
@@ -193,15 +604,33 @@ class OptimConfig:
             raise UserError(f"--lr {self.lr} must be above 0")
         if self.lr == math.inf:
             raise UserError("--lr inf is no learning rate")
-        for name in ("beta1", "beta2"):
+        if self.lr_tau is not None and not 0 <= self.lr_tau < math.inf:
+            raise UserError(f"--lr-tau {self.lr_tau} must not be negative")
+        if not 0 <= self.lr_min < math.inf:
+            raise UserError(f"--lr-min {self.lr_min} must not be negative")
+        if self.optimizer != "sgd" and (self.nesterov or self.momentum != 0.9):
+            raise UserError(
+                f"--momentum and --nesterov belong to --optimizer sgd, not {self.optimizer}; of "
+                "the others --beta1 is the momentum"
+            )
+        for name in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
-        if not self.eps > 0 or not self.wd >= 0:
+        if not 0 < self.eps < math.inf or not 0 <= self.decay < math.inf:
             raise UserError(f"--eps {self.eps} must be above 0 and --wd {self.wd} not below")
+        if self.lr is not None and self.lr_min > self.lr:
+            raise UserError(f"--lr-min {self.lr_min} is above --lr {self.lr}")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("--nesterov needs a --momentum above 0")
         if self.warmup < 0:
             raise UserError(f"--warmup {self.warmup} must not be negative")
         if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
             raise UserError(f"--grad-clip-norm {self.grad_clip_norm} must be above 0, or None")
+
+    @property
+    def decay(self) -> float:
+        """Weight decay in force."""
+        return (0.0 if self.optimizer in ("adam", "sgd") else 0.1) if self.wd is None else self.wd
 
     def dealt(self, processes: int) -> tuple[int, int, int]:
         """Global batch, micro-batch of each process, and micro-steps.
@@ -236,7 +665,7 @@ class TrainConfig(Generic[Options]):
 
     options: Options
     loss: str = "superclip"
-    """clip, superclip: see --loss NAME --help for its options."""
+    """clip, superclip, sogclr, fastclip-v3, ...: --loss NAME --help shows its options."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -290,6 +719,7 @@ class TrainConfig(Generic[Options]):
             raise UserError(
                 f"--loss {self.loss} takes {expected.__name__}, not {type(self.options).__name__}"
             )
+        self._check_tau()
         _at_least_one(self, "log_every", "save_frequency", "threads", "save_every", "keep_last")
         _at_least_one(self, "eval_every")
         _at_least_one(self, "log_grad_share", "profile")
@@ -299,6 +729,23 @@ class TrainConfig(Generic[Options]):
         if unknown := sorted(set(self.trackers) - {"tensorboard", "wandb"}):
             raise UserError(f"--track {unknown[0]!r} is unknown; use tensorboard, wandb or both")
         check_seed("--seed", self.seed)
+
+    def _check_tau(self) -> None:
+        kind, optim = self.options.temperature, self.optim
+        odd = {"lr_tau": kind == "constant", "lr_tau_schedule": kind != "learnable"}
+        for name in (name for name, idle in odd.items() if idle):
+            if getattr(optim, name) != OptimConfig.__dataclass_fields__[name].default:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: --loss {self.loss} keeps {kind} temperatures; leave it")
+
+    @property
+    def init_scale(self) -> float:
+        return self.model.init_scale or self.options.init_scale
+
+    @property
+    def lr_tau(self) -> float:
+        """Of the temperatures that the loss keeps."""
+        return self.options.lr_tau if self.optim.lr_tau is None else self.optim.lr_tau
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -310,7 +757,7 @@ class TrainConfig(Generic[Options]):
 
     @property
     def lr(self) -> float:
-        return self.optim.lr or (5e-4 if self.model.pretrained is None else 5e-5)
+        return self.optim.lr or (5e-4 if self.model.from_scratch else 5e-5)
 
 
 Task = Literal["retrieval", "zeroshot", "compositional", "probe"]
@@ -430,6 +877,89 @@ class EvalConfig:
             raise UserError("--images goes with --compositional FILE; leave it out")
 
 
+@dataclass(frozen=True)
+class GridConfig:
+    """What `superclip.compare` sets side by side."""
+
+    losses: tuple[str, ...] = ("clip", "superclip")
+    """Losses, with commas or blanks between them."""
+    optimizers: tuple[str, ...] = ("adamw",)
+    """Optimizers, each with every loss."""
+    seeds: int = 6
+    """Runs of each arm, from seeds 0, 1, ...: six pairs are the least that can tell anything."""
+    tune: int | None = None
+    """Learning rates to try for each arm, by factors of 2; more while the best lies at an end."""
+    tune_data: str | None = None
+    """Held-out data of that search. Default: scenes:tune on scenes."""
+    data: str | None = None
+    """Training data, spelled like --train-data of superclip.train. Default: scenes."""
+    val_data: str | None = None
+    """Pictures and captions that judge. Default: the held-out data of --data."""
+    zeroshot: str | None = None
+    """Labelled pictures that judge. Default: scenes' own on scenes, else none."""
+    set: tuple[str, ...] = ()
+    """Options of single losses or optimizers, as NAME.option=value: fastclip-v3.rho=8.5 sgd.wd=1e-4
+    sgd.momentum=0.95."""
+    against: str = "clip"
+    """The loss that the others are compared with."""
+    jobs: int = 1
+    """Runs at a time."""
+    launcher: str = "python"
+    """What starts a run: 'torchrun --nproc-per-node 8', say."""
+    bootstrap: int = 2000
+    """Draws of the bootstrap over pictures."""
+    device: str = "auto"
+    """Where checkpoints are measured."""
+    out: Path = Path("logs/compare")
+    """Folder of all runs, of compare.json and of compare.png."""
+
+    def __post_init__(self) -> None:
+        for name in ("losses", "optimizers"):
+            given = [part for item in getattr(self, name) for part in item.split(",") if part]
+            object.__setattr__(self, name, tuple(given))
+            if len(dict.fromkeys(given)) < len(given) or not given:
+                raise UserError(f"--{name} {' '.join(given)}: name each once, and at least one")
+        for loss in self.losses:
+            if loss not in LOSS_OPTIONS:
+                raise UserError(f"--losses: {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
+        known = typing.get_args(typing.get_type_hints(OptimConfig)["optimizer"])
+        for optimizer in self.optimizers:
+            if optimizer not in known:
+                raise UserError(
+                    f"--optimizers: {optimizer!r} is unknown; {nearest(optimizer, known)}"
+                )
+        for item in self.set:
+            name, _, option = item.partition(".")
+            if name not in (*self.losses, *self.optimizers) or "=" not in option:
+                raise UserError(
+                    f"--set {item}: write NAME.option=value, for one of --losses or --optimizers"
+                )
+            known = {"lr_tau", "lr_tau_schedule", "init_scale"}  # what is no budget
+            if name in self.losses:
+                known |= {f.name for f in dataclasses.fields(LOSS_OPTIONS[name])}
+            else:
+                known = {"wd", "momentum", "nesterov", "beta1", "beta2", "eps"}
+            own = option.partition("=")[0].replace("-", "_")
+            if own not in known:
+                way_out = nearest(own, known)
+                raise UserError(f"--set {item}: {own} is no option of {name}; {way_out}")
+        _at_least_one(self, "seeds", "tune", "jobs")
+        if self.bootstrap < 100:
+            raise UserError(f"--bootstrap {self.bootstrap} must be at least 100")
+        if self.tune_data is not None and not self.tune:
+            raise UserError("--tune-data goes with --tune N")
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """Loss and flag (as name=value) of every `set`."""
+        found = []
+        for item in self.set:
+            loss, _, option = item.partition(".")
+            name, _, value = option.partition("=")
+            found.append((loss, f"{name.replace('_', '-')}={value}"))
+        return found
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values only (paths as text), ready for JSON and for a `weights_only` checkpoint."""
 
@@ -519,7 +1049,7 @@ def _cast(kind: Any, value: Any) -> Any:
     """Give a TOML or JSON value the type its field declares; refuse what does not fit."""
     if value is None or kind is Any:
         return value
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the latter of Literal | None
         return _cast(next(k for k in typing.get_args(kind) if k is not type(None)), value)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)

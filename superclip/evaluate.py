@@ -259,7 +259,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "file": checkpoint.path.name,
         "sha256": checkpoint.sha256,
         "epoch": checkpoint.epoch,
-        "model": checkpoint.facts["model"] if config is None else config.model.model,
+        "model": checkpoint.facts["model"] if config is None else config.model.name,
         "activation": checkpoint.facts["activation"],
         "loss": None if config is None else config.loss,
         "lr": None if config is None else config.lr,

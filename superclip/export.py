@@ -40,7 +40,10 @@ to open. EVALSETS is the folder that its download_evalsets.py has filled:
 
 The first line is for mlfoundations/datacomp, the second for the FastCLIP authors' fork of it
 (xywei00/datacomp). ARCH is the model's name if the name alone gives open_clip this model and its
-preprocessing, else local-dir:DIR, which takes open_clip 3. The command prints both, filled in."""
+preprocessing, else local-dir:DIR, which takes open_clip 3. The command prints both, filled in.
+
+--to superclip: weights and facts of the checkpoint with a model card, for this package. The only
+way for --image-tower with --text-tower: plain open_clip has no such text tower."""
 
 RECORD = "export.json"
 """Says which files of a folder an export wrote: what --overwrite may replace."""
@@ -55,10 +58,10 @@ class ExportConfig:
 
     ckpt: Path | None = None
     """A checkpoint. Default: the newest under logs/ (numeric order)."""
-    to: Literal["open_clip", "datacomp"] = "open_clip"
+    to: Literal["open_clip", "datacomp", "superclip"] = "open_clip"
     """The tool that shall open it."""
     out: Path | None = None
-    """New folder. Default: open_clip/ or datacomp/ beside the checkpoint."""
+    """New folder. Default: open_clip/, datacomp/ or superclip/ beside the checkpoint."""
     overwrite: bool = False
     """Replace the export that --out holds; a file that no export wrote is never replaced."""
 
@@ -81,9 +84,15 @@ def export(config: ExportConfig) -> tuple[Path, str]:
     path = config.ckpt or _newest()
     out = (config.out or path.parent / config.to).resolve()
     _refuse_occupied(out, config.overwrite)
-    from superclip.model.weights import load_checkpoint  # torch, which no refusal waits for
+    from superclip.model.towers import is_towers  # torch, which no refusal waits for
+    from superclip.model.weights import load_checkpoint
 
     checkpoint = load_checkpoint(path)
+    if config.to != "superclip" and is_towers(checkpoint.model_config):
+        raise UserError(
+            f"--to {config.to}: {path} has a Hugging Face text tower, which plain open_clip can't "
+            "open; use --to superclip"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         new = Path(scratch) / "new"
@@ -91,13 +100,15 @@ def export(config: ExportConfig) -> tuple[Path, str]:
         try:
             if config.to == "open_clip":
                 write_open_clip(checkpoint, new)
+            elif config.to == "superclip":
+                write_superclip(checkpoint, new)
             else:
                 write_datacomp(checkpoint, new, out)
         except RuntimeError as error:  # what torch and safetensors make of a full disk
             first = str(error).strip().splitlines()[0]
             raise UserError(f"--out {out} can't be written ({first}); make room") from None
         words = _opening(checkpoint, config.to, Path("DIR"))
-        (new / "README.md").write_text(_card(checkpoint, words))
+        (new / "README.md").write_text(_card(checkpoint, words, config.to))
         files = [str(file.relative_to(new)) for file in new.rglob("*") if not file.is_dir()]
         record = {"checkpoint": path.name, "sha256": checkpoint.sha256, "files": sorted(files)}
         (new / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -165,6 +176,17 @@ def write_open_clip(checkpoint: Checkpoint, folder: Path) -> None:
         facts = {"format": "pt", "source": head.source, "vocabulary": str(head.vocabulary)}
         tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
         save_file(tensors, folder / "token_head.safetensors", facts)
+
+
+def write_superclip(checkpoint: Checkpoint, folder: Path) -> None:
+    """The checkpoint without what only training needs."""
+    import torch
+
+    from superclip.model.weights import read_tensors
+
+    content = read_tensors(checkpoint.path, check=False)
+    content.pop("training", None)
+    torch.save(content, folder / "final_epoch.pt")
 
 
 def write_datacomp(checkpoint: Checkpoint, folder: Path, final: Path) -> None:
@@ -275,7 +297,7 @@ def _run(checkpoint: Checkpoint) -> dict[str, Any]:
     return run if mine else {}
 
 
-def _card(checkpoint: Checkpoint, opening: str) -> str:
+def _card(checkpoint: Checkpoint, opening: str, to: str) -> str:
     from superclip.model.card import model_card
 
     reports = []
@@ -286,7 +308,8 @@ def _card(checkpoint: Checkpoint, opening: str) -> str:
                 reports.append(report)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another tool's file, or the report of a model that stood here before
-    return model_card(checkpoint, opening, _run(checkpoint), reports)
+    library = "superclip" if to == "superclip" else "open_clip"
+    return model_card(checkpoint, opening, _run(checkpoint), reports, library)
 
 
 def _opening(checkpoint: Checkpoint, to: str, folder: Path) -> str:
@@ -308,6 +331,19 @@ tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
             f"{lines}\n\nThe token head (token_head.safetensors) reads {reads}; open_clip does not "
             "use it."
         )
+    if to == "superclip":
+        from superclip.model.towers import is_towers
+
+        lines = f"""```python
+from pathlib import Path
+from superclip.model.factory import tokenizer
+from superclip.model.weights import load_checkpoint
+found = load_checkpoint(Path("{folder}/final_epoch.pt"))
+image_features = found.model.encode_image(pixels)  # uint8 [b, 3, size, size]
+text_features = found.model.encode_text(tokenizer(found.model_config)(["a text"]))
+```"""
+        own = "\n\nIt does not open in plain open_clip, which has no such text tower."
+        return lines + (own if is_towers(checkpoint.model_config) else "")
     arch = _architecture(checkpoint, folder)
     lines = f"""```bash
 python evaluate.py --train_output_dir {folder} --data_dir EVALSETS

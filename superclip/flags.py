@@ -23,7 +23,8 @@ T = TypeVar("T")
 TRAIN_HELP = """Train a CLIP-family model. With no flags: SuperCLIP on generated scenes, into logs/.
 
 Precedence: defaults < --recipe NAME < --config FILE (TOML, or a run.json) < flags.
-Recipes: {recipes}. Losses: {losses} (--loss NAME --help shows its options).
+--recipe list shows the {recipes} published and shipped runs. Losses: {losses} (--loss NAME --help
+shows its options).
 """
 
 
@@ -107,6 +108,41 @@ def recipes() -> dict[str, Path]:
     return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if str(f).endswith(".toml")}
 
 
+def read_recipe(name: str) -> dict[str, Any]:
+    """Options of a shipped recipe, on top of those of the one that it extends.
+
+    Raises:
+        UserError: if there is none of this name.
+    """
+    known = recipes()
+    if name not in known:
+        raise UserError(f"--recipe {name!r} is unknown; {nearest(name, known)}, or --recipe list")
+    own = read_config_file(known[name])
+    if "extends" not in own:
+        return own
+    base = read_recipe(own.pop("extends"))
+    return _for_loss(base, own.get("loss", base["loss"])) | own
+
+
+def _for_loss(values: dict[str, Any], loss: str) -> dict[str, Any]:
+    """Options without those of their own loss, if another one takes its place."""
+    if loss == values.get("loss", loss):
+        return values
+    owners = owner_of_keys(values["loss"])
+    kept = {k: v for k, v in values.items() if k != "options" and owners.get(k) != "options"}
+    for tau in ("lr_tau", "lr_tau_schedule"):  # the temperature's kind is the loss's, too
+        kept.pop(tau, None)
+    return kept
+
+
+def recipe_list() -> str:
+    """Every recipe with the first line of its file."""
+    known = recipes()
+    told = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in known.items()}
+    width = max(map(len, told))
+    return "\n".join(f"{name:<{width}}  {told[name]}" for name in sorted(told))
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """Options of a TOML file or of a run's own `run.json`.
 
@@ -148,25 +184,21 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
     config, argv = _peek(argv, "--config")
     loss, argv = _peek(argv, "--loss")
     values: dict[str, Any] = {}
+    if recipe == "list":
+        print(recipe_list())
+        raise SystemExit(0)
     if recipe is not None:
-        known = recipes()
-        if recipe not in known:
-            raise UserError(f"--recipe {recipe!r} is unknown; {nearest(recipe, known)}")
-        values |= read_config_file(known[recipe])
+        values |= read_recipe(recipe)
     if config is not None:
         values |= read_config_file(Path(config))
     if loss is not None:
         if loss not in LOSS_OPTIONS:
             raise UserError(f"--loss {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
-        if loss != values.get("loss", loss):
-            values.pop("options", None)
-        values["loss"] = loss
+        values = _for_loss(values, loss) | {"loss": loss}
     default = train_config(values, f"--config {config}" if config else f"--recipe {recipe}")
     cls = TrainConfig[LOSS_OPTIONS[default.loss]]
     _refuse_other_losses(argv, default.loss)
-    description = TRAIN_HELP.format(
-        recipes=", ".join(sorted(recipes())) or "none", losses=", ".join(LOSS_OPTIONS)
-    )
+    description = TRAIN_HELP.format(recipes=len(recipes()), losses=", ".join(LOSS_OPTIONS))
     names = [*owner_of_keys(default.loss), "recipe", "config"]
     return parse(cls, argv, "python -m superclip.train", description, default, names)
 

@@ -46,7 +46,7 @@ def _train(config: TrainConfig[Any], stop: StopRequest) -> None:
             what = f"resuming from {resumed.name}" if resumed else "starting"
             dealt = f" x {plan.accum_freq} micro-steps" if plan.accum_freq > 1 else ""
             print(
-                f"{what}: {config.loss} {config.model.model} on {run.rows.source.name}, "
+                f"{what}: {config.loss} {config.model.name} on {run.rows.source.name}, "
                 f"{run.order.num_rows} pictures, {plan.total_steps} steps of {plan.global_batch}, "
                 f"{run.precision}, {world.size} process(es) of {plan.micro_batch}{dealt} on "
                 f"{world.device.type}",

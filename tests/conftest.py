@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,17 @@ def real_data() -> Path:
     if not (folder / "coco" / "annotations").is_dir():
         pytest.skip(f"no real photographs at {folder} (set SUPERCLIP_REAL_DATA)")
     return folder
+
+
+SIZES = [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))]
+"""Gloo processes of a test; three show order effects that two hide."""
+
+
+def free_port() -> int:
+    """For processes to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def command(*words: str, threads: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -34,7 +34,7 @@ def test_precedence_defaults_recipe_file_flags(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("lr = 2e-3\nwd = 0.3\n[data]\nworkers = 2\n")
     recipe = parse_train(["--recipe", "scenes-clip"])
-    assert recipe.loss == "clip" and recipe.optim.wd == 0.1
+    assert recipe.loss == "clip" and recipe.optim.decay == 0.1
     config = parse_train(["--recipe", "scenes-clip", "--config", str(file), "--wd", "0.4"])
     assert (config.loss, config.lr, config.optim.wd) == ("clip", 2e-3, 0.4)
     assert config.data.workers == 2
@@ -76,7 +76,7 @@ def test_flat_names_do_not_collide():
         ("--batch-size x", "--batch-size"),
         ("--batch-size 0", "--batch-size 0 must be at least 1"),
         ("--precision fp8", "amp_bf16"),
-        ("--recipe nope", "scenes-clip"),
+        ("--recipe nope", "--recipe list"),
         ("--config nope.toml", "nope.toml"),
         ("--token-weight 0", "use --loss clip"),
         ("--aug-scale 0.9 0.5", "low <= high"),

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from superclip.config import EvalConfig
+from superclip.config import EvalConfig, GridConfig
 from superclip.errors import UserError
 from superclip.flags import parse, parse_train
 
@@ -28,6 +28,8 @@ def test_flags_of_shown_commands_are_understood(line):
     _, _, module, *words = shlex.split(line)
     if module == "superclip.train":
         parse_train(words)
+    elif module == "superclip.compare":
+        parse(GridConfig, words[: words.index("--")], module, "")
     elif module == "superclip.evaluate":
         parse(EvalConfig, words, module, "")
     elif module == "superclip.pack":

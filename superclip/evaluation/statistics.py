@@ -241,7 +241,7 @@ def _compare(
         effect=effect,
         power=sure,
         detectable=least,
-        verdict=_verdict(low, high, p, first[0].higher_is_better, len(first), len(second), paired),
+        verdict=verdict(low, high, p, first[0].higher_is_better, len(first), len(second), paired),
     )
 
 
@@ -396,7 +396,7 @@ def least_p(seeds: tuple[int, int], paired: bool) -> float:
     return 2 / (2 ** seeds[0] if paired else math.comb(sum(seeds), seeds[0]))
 
 
-def _verdict(
+def verdict(
     low: float, high: float, p: float, higher_is_better: bool, ka: int, kb: int, paired: bool
 ) -> str:
     clear = (low > 0 or high < 0) and p <= 1 - LEVEL

@@ -41,7 +41,20 @@ def differences_of(
     effect: float,
     draws: int,
 ) -> list[dict[str, Any]]:
-    """One row a measure of every task, with p adjusted by Holm over all rows.
+    """`unadjusted_differences` with p adjusted by Holm over all rows."""
+    rows = unadjusted_differences(first, second, paired, effect, draws)
+    adjust(rows)
+    return rows
+
+
+def unadjusted_differences(
+    first: Sequence[list[Result]],
+    second: Sequence[list[Result]],
+    paired: bool,
+    effect: float,
+    draws: int,
+) -> list[dict[str, Any]]:
+    """One row a measure of every task.
 
     Args:
         first, second: for each model of an arm its results.
@@ -50,8 +63,6 @@ def differences_of(
     Raises:
         UserError: if a task's data are not the same for all models.
     """
-    from statsmodels.stats.multitest import multipletests
-
     rows: list[dict[str, Any]] = []
     for results in zip(*first, *second, strict=True):
         told = results[0].data
@@ -67,6 +78,13 @@ def differences_of(
         arms = measures[: len(first)], measures[len(first) :]
         for measure, found in zip(measures[0], comparisons(*arms, paired, effects, draws)):
             rows.append({"task": results[0].task, "percent": measure.percent, **asdict(found)})
+    return rows
+
+
+def adjust(rows: Sequence[dict[str, Any]]) -> None:
+    """Add Holm's p over all rows; take back what it does not leave."""
+    from statsmodels.stats.multitest import multipletests
+
     adjusted: Any = multipletests([row["p"] for row in rows], method="holm")[1]
     for row, p in zip(rows, adjusted):
         row["p_holm"] = float(p)
@@ -74,7 +92,6 @@ def differences_of(
             few = row["test"] == BOOTSTRAP and row["p"] <= row["least_p"]
             said = "not told by so few --bootstrap draws" if few else "not after Holm"
             row["verdict"] = DIFFERENT.sub(said, row["verdict"])
-    return rows
 
 
 def _kept(value: Any) -> Any:
@@ -149,8 +166,8 @@ def difference_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
                 *(f"{row[k] * s:.1f}" for k in ("first", "second")),
                 f"{row['value'] * s:+.1f}",
                 f"[{row['low'] * s:+.1f}, {row['high'] * s:+.1f}]",
-                _p(row["p"]) + mark,
-                _p(row["p_holm"]),
+                shown(row["p"]) + mark,
+                shown(row["p_holm"]),
                 "-" if at is None else f"{at * s:.1f}",
                 "-" if sure is None else f"{sure:.2f}",
                 row["verdict"],
@@ -168,5 +185,6 @@ def aligned(table: Sequence[Sequence[str]], sides: str) -> list[str]:
     return ["  ".join(f"{c:{s}{w}}" for c, (s, w) in zip(row, spec)).rstrip() for row in table]
 
 
-def _p(value: float) -> str:
+def shown(value: float) -> str:
+    """A p-value as the table has it."""
     return "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0")

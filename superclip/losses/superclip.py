@@ -29,7 +29,7 @@ class SuperClipLoss(Loss):
     """Contrastive term plus `token_weight` times the token term.
 
     The document frequency is counted online over all ranks, the current batch included, as the
-    released code does; `log((S + 1) / (df + 1))` (losses.md 1.2). Special ids are no targets unless
+    released code does; `log((S + 1) / (df + 1))`. Special ids are no targets unless
     `keep_special_tokens`.
 
     Buffers: `counts` int64 `[vocabulary]`, captions that held each id; `samples` int64, captions

@@ -16,7 +16,7 @@ _MODES = {
 }
 
 HEADER = """---
-library_name: open_clip
+library_name: {library}
 pipeline_tag: zero-shot-image-classification
 tags: [{tags}]
 ---
@@ -34,6 +34,7 @@ def model_card(
     opening: str,
     run: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, Any]],
+    library: str = "open_clip",
 ) -> str:
     """Markdown for the README.md of an exported model.
 
@@ -41,6 +42,7 @@ def model_card(
         opening: the paragraph that says how to open it.
         run: the run's `run.json`, empty where it is not known.
         evaluations: reports of `superclip.evaluate` on this very checkpoint.
+        library: what opens it.
     """
     config, facts, preprocess = recipe_of(checkpoint), checkpoint.facts, checkpoint.preprocess
     parameters = sum(p.numel() for p in checkpoint.model.clip.parameters())
@@ -48,8 +50,8 @@ def model_card(
     held_out = "the data's own held-out split" if data.val_data is None else f"`{data.val_data}`"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     tags = ", ".join(sorted({"clip", config.loss}))
-    text = f"""{HEADER.format(tags=tags)}
-# {config.model.model}, trained with the {config.loss} loss on {facts["data_name"]}
+    text = f"""{HEADER.format(tags=tags, library=library)}
+# {config.model.name}, trained with the {config.loss} loss on {facts["data_name"]}
 
 A CLIP model of {parameters:,} parameters ({facts["activation"]}): pictures and texts become vectors
 of {checkpoint.model.feature_width} numbers whose cosine says how well they fit.
@@ -80,7 +82,7 @@ Seed {config.seed}, commit {facts["commit"]}, {versions}; {facts["world_size"]} 
 
 ## Limits
 
-{_limits(checkpoint, bool(evaluations))}
+{_limits(checkpoint, bool(evaluations), library)}
 
 ## Checkpoint
 
@@ -93,15 +95,17 @@ def without_folders(text: str) -> str:
     """Absolute paths cut to their last part: a card travels, and tells nothing of where it was
     written.
 
+    >>> without_folders("--text-tower hf//home/ada/bert")
+    '--text-tower hf/…/bert'
     >>> without_folders("coco:/home/ada/coco:train and data/shards/a.tar and http://host/a/b.tar")
     'coco:…/coco:train and data/shards/a.tar and http://host/a/b.tar'
     """
-    return re.sub(r"(?<![/\w.])(?:/[^/\s:]+)+/(?=[^/\s])", "…/", text)
+    return re.sub(r"(?:(?<![/\w.])|(?<=\bhf/)|(?<=\btimm/))(?:/[^/\s:]+)+/(?=[^/\s])", "…/", text)
 
 
 def _recipe(checkpoint: Checkpoint, run: Mapping[str, Any]) -> str:
     config = recipe_of(checkpoint)
-    pretrained = config.model.pretrained
+    pretrained = _pretrained(config)
     rows = {
         "loss": config.loss,
         "learning rate": f"{config.lr:g} at its peak, {config.optim.warmup} steps of warm-up, then "
@@ -110,12 +114,23 @@ def _recipe(checkpoint: Checkpoint, run: Mapping[str, Any]) -> str:
         "passes over the data": f"{checkpoint.epoch} of {config.epochs}",
         "optimizer steps, whole run": run.get("total_steps", "not recorded beside the checkpoint"),
         "precision": config.precision,
-        "weights at the start": f"`{pretrained}`" if pretrained else "drawn at random",
+        "weights at the start": pretrained or "drawn at random",
     }
     changed = differences(train_config({"loss": config.loss}), config)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     options = ", ".join(f"`{_flag(line)}`" for line in changed) or "none"
     return f"| | |\n|---|---|\n{table}\n\nOptions that differ from the default: {options}."
+
+
+def _pretrained(config: TrainConfig[Any]) -> str | None:
+    """What the weights at the start are called; None where all of them were drawn."""
+    options = config.model
+    if options.from_scratch:
+        return None
+    if options.image_tower is None:
+        return f"`{options.pretrained}`"
+    image, text = options.image_weights or "published", options.text_weights or "published"
+    return f"`{options.name}` (weights: {image}, {text})"
 
 
 def _flag(difference: str) -> str:
@@ -157,14 +172,14 @@ def _data(data: Mapping[str, Any]) -> str:
     return ", ".join(str(data[k]) for k in ("name", "split", "protocol") if data.get(k))
 
 
-def _limits(checkpoint: Checkpoint, scored: bool) -> str:
+def _limits(checkpoint: Checkpoint, scored: bool, library: str) -> str:
     config, size = recipe_of(checkpoint), checkpoint.preprocess.size
     length = checkpoint.model_config["text_cfg"].get("context_length", 77)
     limits = [
         "It has seen generated drawings only; what it says of photographs means nothing."
-        if is_scenes(config.data.train_data)
+        if is_scenes(config.data.train_data) and config.model.from_scratch
         else f"It has seen {checkpoint.facts['data_name']}"
-        + (f" and what `{config.model.pretrained}` saw" if config.model.pretrained else "")
+        + (f" and what {pretrained} saw" if (pretrained := _pretrained(config)) else "")
         + "; pictures and wordings of another kind are beyond what was measured.",
         "One run with one seed: how far another seed would fall is not known from it"
         + (", nor from the intervals above, which draw the pictures anew." if scored else "."),
@@ -172,10 +187,13 @@ def _limits(checkpoint: Checkpoint, scored: bool) -> str:
         f"after {length - 2} tokens.",
         "It repeats whatever its captions say of people. Nothing was tested for bias or safety; it "
         "is not for decisions about people.",
-        "open_clip leaves a photograph lying on its side if only its EXIF note says so; this "
-        "project's own reader turns it. Convert what is not RGB, grey pictures too, before "
-        "open_clip's preprocessing.",
     ]
+    if library == "open_clip":
+        limits.append(
+            "open_clip leaves a photograph lying on its side if only its EXIF note says so; this "
+            "project's own reader turns it. Convert what is not RGB, grey pictures too, before "
+            "open_clip's preprocessing."
+        )
     if checkpoint.epoch < config.epochs:
         limits.insert(0, f"Training had not ended: {checkpoint.epoch} of {config.epochs} passes.")
     if checkpoint.path.name == "best.pt":

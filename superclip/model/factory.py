@@ -16,6 +16,7 @@ from torch import nn
 
 from superclip.data.loader import Preprocess
 from superclip.errors import UserError, nearest
+from superclip.model.towers import TextTokenizer, Towers, is_towers
 
 
 def own_configs() -> dict[str, Path]:
@@ -54,14 +55,19 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def build_clip(config: dict[str, Any], seed: int = 0, init_scale: float | None = None) -> Any:
-    """A randomly initialised open_clip model; equal seeds give equal weights, whatever was drawn
-    before.
+    """A randomly initialised model (open_clip's, or `towers`); equal seeds give equal weights,
+    whatever was drawn before.
 
     Raises:
         UserError: if open_clip refuses the configuration.
     """
     config = deepcopy(config)
-    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    if is_towers(config):
+        kind = Towers
+    elif config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]:
+        kind = CustomTextCLIP
+    else:
+        kind = CLIP
     if init_scale is not None:
         config["init_logit_scale"] = float(torch.tensor(init_scale, dtype=torch.float64).log())
     if config.get("init_logit_bias") is not None:
@@ -69,9 +75,12 @@ def build_clip(config: dict[str, Any], seed: int = 0, init_scale: float | None =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return (CustomTextCLIP if custom else CLIP)(**config, output_dict=True)
+            clip: Any = kind(**config, output_dict=True)
         except (TypeError, AssertionError, RuntimeError) as error:
             raise UserError(f"open_clip refuses this model configuration: {error}") from None
+    if not hasattr(clip.visual, "output_dim"):  # of timm's towers
+        clip.visual.output_dim = config["embed_dim"]
+    return clip
 
 
 def load_pretrained(
@@ -143,9 +152,11 @@ def preprocess_for(
 
 def tokenizer(config: dict[str, Any]) -> Any:
     """The tokenizer of a configuration (open_clip's BPE, or the one of its Hugging Face text
-    tower)."""
+    tower; that of `towers` is held by the configuration itself)."""
     text = config["text_cfg"]
     length = text.get("context_length", 77)
+    if is_towers(config):
+        return TextTokenizer(length=length, **text["tokenizer"])
     if "hf_tokenizer_name" in text:
         return open_clip.tokenizer.HFTokenizer(
             text["hf_tokenizer_name"],
@@ -158,6 +169,8 @@ def tokenizer(config: dict[str, Any]) -> Any:
 
 def special_ids(tokenize: Any) -> tuple[int, ...]:
     """Padding, start and end ids: in every caption, so they say nothing about a picture."""
+    if isinstance(tokenize, TextTokenizer):
+        return tokenize.special_ids
     if hasattr(tokenize, "sot_token_id"):
         return (0, tokenize.sot_token_id, tokenize.eot_token_id)
     inner = tokenize.tokenizer
@@ -169,6 +182,6 @@ def special_ids(tokenize: Any) -> tuple[int, ...]:
 def activation_name(visual: nn.Module) -> str:
     """Class of the first block's activation (QuickGELU and GELU towers are not interchangeable)."""
     for name, module in visual.named_modules():
-        if name.endswith("mlp.gelu"):
+        if name.endswith(("mlp.gelu", "mlp.act", "act1", "bn1.act", "conv_stem.act")):
             return type(module).__name__
     return "unknown"

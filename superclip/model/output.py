@@ -13,7 +13,7 @@ class ClipOutput:
     """One micro-batch's forward pass.
 
     Attributes:
-        image_features, text_features: unit vectors `[b, d]`.
+        image_features, text_features: unit vectors `[b, d]`; raw ones where the loss needs them so.
         scale: exponential of the logit scale, a scalar.
         token_hidden: input of the token head's last layer `[b, w]`, where the model has one. Token
             logits are `token_hidden @ token_weight.T + token_bias`; they are left to the loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from superclip.errors import UserError
+from superclip.model.grid import grid_width, pooled_and_mean
 from superclip.model.output import ClipOutput
 
 
@@ -52,9 +53,11 @@ class SuperCLIP(nn.Module):
     """An open_clip model, its normalisation and the token head under one forward.
 
     Args:
-        clip: an open_clip `CLIP` with a native vision transformer where a token head reads patches.
+        clip: an open_clip `CLIP`, or another model with its methods.
         mean, std: of the pictures' channels in [0, 1].
         token_head: or None.
+        normalize: whether `forward` brings features to unit length, as `encode_*` always do; not
+            for a loss that reads raw ones.
     """
 
     def __init__(
@@ -63,8 +66,11 @@ class SuperCLIP(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         token_head: TokenHead | None = None,
+        normalize: bool = True,
     ):
         super().__init__()
+        assert normalize or token_head is None, "a token head goes with unit vectors"
+        self.normalize = normalize
         self.clip: Any = clip
         self.token_head = token_head
         self.mean: Tensor
@@ -88,15 +94,12 @@ class SuperCLIP(nn.Module):
         Raises:
             UserError: if the tower has no patch tokens.
         """
-        if not hasattr(self.clip.visual, "forward_intermediates") or not self.patch_width:
-            raise UserError("this vision tower has no patch tokens; only its pooled feature")
         return self._pooled_and_patches(self.normalise(images))
 
-    @property
+    @cached_property
     def patch_width(self) -> int:
-        """Width of the vision tower's tokens; 0 where it is no native transformer."""
-        embedding = getattr(self.clip.visual, "class_embedding", None)
-        return 0 if embedding is None else len(embedding)
+        """Width of the vision tower's patch tokens; 0 where it has none."""
+        return grid_width(self.clip.visual)
 
     @property
     def feature_width(self) -> int:
@@ -125,19 +128,19 @@ class SuperCLIP(nn.Module):
         )
 
     def _see(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Unit vectors of pictures, and what the token head reads."""
+        """Features of pictures, and what the token head reads."""
         pixels, head = self.normalise(images), self.token_head
         if head is None or head.source == "pooled":
             features = self.clip.encode_image(pixels)
-            return F.normalize(features, dim=-1), None if head is None else features
+            return self._scaled(features), None if head is None else features
         return self._pooled_and_patches(pixels)
 
     def _pooled_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.clip.visual.forward_intermediates(
-            pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
-        )
-        means = out["image_intermediates"][-1].mean(1)
-        return F.normalize(out["image_features"], dim=-1), means
+        features, means = pooled_and_mean(self.clip.visual, pixels)
+        return F.normalize(features, dim=-1), means
 
     def _read(self, tokens: Tensor) -> Tensor:
-        return self.encode_text(tokens)
+        return self._scaled(self.clip.encode_text(tokens))
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1) if self.normalize else features

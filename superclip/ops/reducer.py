@@ -16,8 +16,7 @@ class GradientReducer:
 
     Buckets are filled in reverse order of the parameters and never re-formed. torch's own
     DistributedDataParallel re-forms them after the first step, so that a resumed run would add in
-    another order than the undisturbed one; from three ranks on that shows in the bits (losses.md
-    10.3).
+    another order than the undisturbed one; from three ranks on that shows in the bits.
 
     Args:
         parameters: those that are trained, in the same order on every rank.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Float64
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -140,10 +140,9 @@ class World:
         work = self._call(dist.all_reduce, tensor, async_op=True)
         return lambda: self._call(work.wait)
 
-    def gather(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
-        """Rows of every rank in rank order; differentiable with the exact gradient (losses.md
-        10.4)."""
-        return _Gather.apply(features, self) if self.size > 1 else features  # pyright: ignore[reportReturnType]
+    def gather(self, rows: Shaped[Tensor, "b d"]) -> Shaped[Tensor, "B d"]:
+        """Rows of every rank in rank order; differentiable, with the exact gradient."""
+        return _Gather.apply(rows, self) if self.size > 1 else rows  # pyright: ignore[reportReturnType]
 
     def exchange(self, numbers: Float64[Tensor, " n"]) -> Float64[Tensor, "k n"]:
         """The same few numbers of every rank, on the CPU: row r is rank r's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from superclip.data.stream import Stream
 from superclip.errors import UserError, nearest
 from superclip.evaluation.encode import Encoder
 from superclip.losses import LOSSES, LossContext, build_loss
+from superclip.model.adopt import adopt_towers
 from superclip.model.factory import (
     activation_name,
     build_clip,
@@ -30,6 +32,7 @@ from superclip.model.factory import (
     special_ids,
     tokenizer,
 )
+from superclip.model.grid import grid_width
 from superclip.model.superclip import SuperCLIP, TokenHead
 from superclip.model.weights import state_sha256
 from superclip.ops.precision import concrete_precision
@@ -37,7 +40,7 @@ from superclip.ops.reducer import GradientReducer
 from superclip.ops.world import World
 from superclip.training.evaluators import Evaluator, Retrieval
 from superclip.training.folder import commit, move_in
-from superclip.training.optim import adamw
+from superclip.training.optim import build_optimizer
 from superclip.training.preemption import StopRequest
 from superclip.training.state import Plan, Run, TrainState
 from superclip.training.tracking import Tracker, open_mirror
@@ -74,14 +77,28 @@ def build_run(
         torch.use_deterministic_algorithms(True)
     data = config.data
     source, order = _training_data(config)
-    architecture = model_config(config.model.model)
-    clip, tag = _initial_clip(config, architecture)
+    architecture, clip, tag = _initial_clip(config)
     preprocess = preprocess_for(architecture, data.resize, tag)
     bpe = tokenizer(architecture)
     tokenize = tokenizer_for(bpe)
     vocabulary = architecture["text_cfg"].get("vocab_size", 49408)
     head = _token_head(config, clip, architecture, vocabulary, source, order.num_rows, tokenize)
-    context = LossContext(vocabulary, special_ids(bpe), None if head is None else _vocab_ids(head))
+    _refuse_unmet(config, source)
+    plan = _plan(config, order, world)
+    context = LossContext(
+        vocabulary,
+        special_ids(bpe),
+        None if head is None else _vocab_ids(head),
+        source.num_images,
+        source.num_captions,
+        plan.steps_per_epoch,
+        plan.epochs,
+        architecture["embed_dim"],
+        config.seed,
+        config.lr_tau,
+        (config.optim.beta1, config.optim.beta2),
+        config.optim.eps,
+    )
     facts = {
         "activation": activation_name(clip.visual),
         "init_sha256": state_sha256(clip.state_dict()),
@@ -89,7 +106,8 @@ def build_run(
         "data_name": source.name,
         "commit": commit(),
         "versions": {
-            name: version(name) for name in ("torch", "open_clip_torch", "numpy", "pillow")
+            name: version(name)
+            for name in ("torch", "open_clip_torch", "numpy", "pillow", *_of_towers(config))
         },
         "world_size": world.size,
         "threads": torch.get_num_threads(),
@@ -97,16 +115,20 @@ def build_run(
         "compile": config.model.compile,
     }
     _refuse_disagreement(world, facts)
-    model = SuperCLIP(clip, preprocess.mean, preprocess.std, head).to(world.device)
+    unit = "raw_features" not in LOSSES[config.loss].needs
+    model = SuperCLIP(clip, preprocess.mean, preprocess.std, head, unit).to(world.device)
+    learnt = config.options.temperature == "learnable" and config.optim.lr_tau != 0
+    clip.logit_scale.requires_grad_(learnt)
     if config.model.grad_checkpointing:
         clip.set_grad_checkpointing()
     if config.model.compile:
         model.compile_towers()
     stop = stop or StopRequest()
+    loss = build_loss(config.loss, config.options, context).to(world.device)
     state = TrainState(
         model,
-        build_loss(config.loss, config.options, context).to(world.device),
-        adamw(model, config.optim, config.lr),
+        loss,
+        build_optimizer(model, loss, config.optim, config.lr),
         torch.amp.GradScaler(world.device.type, enabled=config.precision == "amp"),
         GradientReducer(model.parameters(), world),
     )
@@ -114,7 +136,7 @@ def build_run(
         config,
         world,
         config.precision,
-        _plan(config, order, world),
+        plan,
         order,
         TrainRows(  # of a stream, whose rows nobody can read, it carries the parts alone
             cast(Source, source),
@@ -194,13 +216,33 @@ def open_tracker(run: Run, state: TrainState) -> Run:
     return dataclasses.replace(run, tracker=tracker)
 
 
-def _initial_clip(
-    config: TrainConfig[Any], architecture: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    if config.model.pretrained is None:
-        return build_clip(architecture, config.seed, config.model.init_scale), {}
+def _refuse_unmet(config: TrainConfig[Any], source: Source | Stream) -> None:
+    """Raises UserError if the data can't supply what the loss needs."""
+    if "ids" in LOSSES[config.loss].needs and isinstance(source, Stream):
+        raise UserError(
+            f"--loss {config.loss} keeps numbers of every sample, and a stream's have no row of "
+            "their own; read the shards as files"
+        )
+
+
+def _of_towers(config: TrainConfig[Any]) -> tuple[str, ...]:
+    """Packages that decide what the two towers of other libraries compute."""
+    return () if config.model.image_tower is None else ("timm", "transformers", "tokenizers")
+
+
+def _initial_clip(config: TrainConfig[Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Model configuration, model, and what is known of the pictures it was made for."""
+    options = config.model
+    if options.image_tower is not None:
+        return adopt_towers(options, config.seed, config.init_scale)
+    architecture = model_config(options.model)
+    if options.pretrained is None:
+        return architecture, build_clip(architecture, config.seed, config.init_scale), {}
     clip = build_clip(architecture, config.seed)
-    return clip, load_pretrained(clip, config.model.model, architecture, config.model.pretrained)
+    tag = load_pretrained(clip, options.model, architecture, options.pretrained)
+    if options.init_scale is not None:
+        torch.nn.init.constant_(clip.logit_scale, math.log(options.init_scale))
+    return architecture, clip, tag
 
 
 def _token_head(
@@ -216,19 +258,12 @@ def _token_head(
         return None
     options = config.options
     assert isinstance(options, SuperClipOptions)
-    native = (
-        hasattr(clip.visual, "forward_intermediates")
-        and "timm_model_name" not in architecture["vision_cfg"]
-    )
-    if options.head_input == "patches" and not native:
+    patches = options.head_input == "patches"
+    width = grid_width(clip.visual) if patches else architecture["embed_dim"]
+    if not width:
         raise UserError(
-            f"--model {config.model.model} has no patch tokens to read; use --head-input pooled"
+            f"{config.model.name} ends in no grid of patches to read; use --head-input pooled"
         )
-    width = (
-        architecture["vision_cfg"]["width"]
-        if options.head_input == "patches"
-        else architecture["embed_dim"]
-    )
     ids = None
     if options.head_vocab == "seen":
         if isinstance(source, Stream):

@@ -22,6 +22,9 @@ from superclip.model.weights import (
 from superclip.ops.world import describe
 from superclip.training.state import Run, TrainState
 
+TRAINING_SCHEMA = 2
+"""Of what a run needs to go on. 2: the optimizer has four groups (1 had two)."""
+
 
 def save_checkpoint(run: Run, state: TrainState) -> None:
     """Write `epoch_K.pt` or `step_N.pt`, then delete what `--keep-last` does not keep; the main
@@ -85,6 +88,7 @@ def weights_and_facts(run: Run, state: TrainState) -> dict[str, Any]:
 
 def _training(state: TrainState) -> dict[str, Any]:
     return {
+        "schema": TRAINING_SCHEMA,
         "step": state.step,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
@@ -168,9 +172,19 @@ def _load(run: Run, state: TrainState, path: Path) -> None:
             f"{path} was trained on {content['facts']['data_name']} as it was then; "
             f"{run.config.data.train_data} holds other data now; use another --out"
         )
+    if content["model_config"] != run.model_config:
+        raise UserError(
+            f"{path} is of another architecture or tokenizer than {run.config.model.name} is now; "
+            "bring the old one back, or use another --out"
+        )
     training = content.get("training")
     if training is None:
         raise UserError(f"{path} holds no training state; delete it, or use another --out")
+    if training.get("schema") != TRAINING_SCHEMA:
+        raise UserError(
+            f"{path} holds a training state of schema {training.get('schema', 1)}; this version "
+            f"goes on from schema {TRAINING_SCHEMA}: finish the run with the version that began it"
+        )
     load_into(state.model.clip, content["state_dict"], path)
     if state.model.token_head is not None:
         load_into(state.model.token_head, content["token_head"]["state_dict"], path)

@@ -11,6 +11,7 @@ from superclip.data.batch import Batch
 from superclip.data.loader import StepSampler, train_batches
 from superclip.data.stream import Stream, stream_batches
 from superclip.evaluation.encode import Interrupted
+from superclip.ops.statistics import share_statistics
 from superclip.training.checkpoint import save_best, save_checkpoint
 from superclip.training.consensus import Consensus
 from superclip.training.evaluators import run_evaluators
@@ -49,6 +50,7 @@ def evaluate(run: Run, state: TrainState) -> bool:
     """
     if not run.evaluators or run.world.on_main(lambda: run.tracker.has_evaluation(state.step)):
         return True
+    share_statistics(state.model, run.world)
     try:
         metrics = dict(run_evaluators(run.evaluators, state.model))
     except Interrupted:

@@ -93,6 +93,7 @@ class TrainState:
             "scale": self.model.clip.logit_scale.exp().item(),
         }
         values |= {name: float(norm) for name, norm in self.norms.items()}
+        values |= {name: float(value) for name, value in self.loss.gauges().items()}
         values |= {f"substituted_{cause}": float(n) for cause, n in self.substituted.items()}
         return values | ({"nonfinite_steps": float(self.nonfinite)} if self.nonfinite else {})
 

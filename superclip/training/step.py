@@ -13,7 +13,7 @@ from superclip.losses import Terms
 from superclip.model.output import ClipOutput
 from superclip.ops.phases import phase
 from superclip.ops.precision import autocast
-from superclip.training.schedule import cosine
+from superclip.training.optim import set_learning_rates
 from superclip.training.shares import TermGradients
 from superclip.training.state import Run, TrainState
 
@@ -29,9 +29,9 @@ def train_step(state: TrainState, batch: Batch, run: Run) -> Terms:
     gradient, the scale's included, is that of the whole batch. A gradient that is not finite
     changes no weight and clears `state.finite`.
     """
-    lr = cosine(state.step, run.config.lr, run.config.optim.warmup, run.plan.total_steps)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    length, scale = run.plan.total_steps, state.model.clip.logit_scale
+    rates = run.config.optim, run.config.lr, state.step, length, scale.detach()
+    set_learning_rates(state.optimizer, *rates)
     terms, shares = _gradients(state, batch, run)
     with phase("optimizer"):
         _update(state, run)
@@ -63,7 +63,10 @@ def _gradients(state: TrainState, batch: Batch, run: Run) -> tuple[Terms, dict[s
             )
             for name, term in (terms.items() if measured else ())
         }
-        whole = torch.autograd.grad(scaled(_total(terms)), leaves)
+        own = list(state.loss.parameters())
+        whole = torch.autograd.grad(scaled(_total(terms)), [*leaves, *own], materialize_grads=True)
+        for p, grad in zip(own, whole[3:]):
+            p.grad = world.sum(grad) / world.size
 
     for k, micro in enumerate(micros):
         last = k == len(micros) - 1
@@ -74,14 +77,17 @@ def _gradients(state: TrainState, batch: Batch, run: Run) -> tuple[Terms, dict[s
         rows = {name: value / len(micros) for name, value in rows.items()}
         for name, value in rows.items():
             terms[name] = terms.get(name, 0) + value.detach()
-        features = [out.image_features, out.text_features, out.scale]
+        features = [out.image_features, out.text_features]
+        if out.scale.requires_grad:
+            features.append(out.scale)
         if tower is not None:
             for name, (at_image, *_) in pair_grads.items():
                 tower.add(name, features[:1], [at_image.chunk(len(micros))[k]])
             for name, value in rows.items():
                 tower.add(name, [scaled(value)], [None])
         grads: list[Tensor | None] = [g.chunk(len(micros))[k] for g in whole[:2]]
-        grads.append(whole[2] if last else torch.zeros_like(whole[2]))
+        if out.scale.requires_grad:
+            grads.append(whole[2] if last else torch.zeros_like(whole[2]))
         if rows:
             features.append(scaled(_total(rows)))
             grads.append(None)
@@ -107,11 +113,14 @@ def _forward(state: TrainState, batch: Batch, micro: int, run: Run) -> ClipOutpu
 
 
 def _update(state: TrainState, run: Run) -> None:
-    """Clip (towers and token head each by themselves), step, clamp the scale to at most 100."""
+    """Clip (towers, token head and the loss's own parameters each by themselves), step, clamp the
+    scale to at most 100."""
     state.scaler.unscale_(state.optimizer)
     parts: dict[str, nn.Module] = {"clip": state.model.clip}
     if state.model.token_head is not None:
         parts["head"] = state.model.token_head
+    if any(True for _ in state.loss.parameters()):
+        parts["loss"] = state.loss
     limit = run.config.optim.grad_clip_norm or math.inf
     state.norms = {
         f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), limit)

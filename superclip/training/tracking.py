@@ -142,7 +142,7 @@ class Tracker:
 def _step_of(line: str) -> float:
     """The step of a record line; a line cut by a crash counts as later than any."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError):
         return float("inf")
 

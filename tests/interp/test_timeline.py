@@ -100,6 +100,7 @@ def test_checkpoints_in_the_order_of_their_steps(tmp_path):
         numbered(tmp_path / "step_*.pt")
 
 
+@pytest.mark.slow
 def test_both_commands_over_a_run(tmp_path):
     words = "--train-num-samples 256 --batch-size 32 --head-vocab seen --save-every 4"
     run = tmp_path / "run"

@@ -50,7 +50,8 @@ def stepped(built, batch: Batch, accum: int, **optim):
     plan = replace(run.plan, micro_batch=12 // accum, accum_freq=accum)
     run = replace(run, config=replace(run.config, optim=options), plan=plan)
     state = copy.deepcopy(state)
-    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    groups = [{"params": list(state.model.parameters()), "name": "all"}]
+    state.optimizer = torch.optim.SGD(groups, lr=1.0)
     terms = train_step(state, batch, run)
     return state, terms
 
@@ -92,7 +93,8 @@ def test_gradients_are_clipped_by_towers_and_head_apart(built, batch):
 def test_scale_is_clamped(built, batch):
     run, state = built
     state = copy.deepcopy(state)
-    state.optimizer = torch.optim.SGD(state.model.parameters(), lr=0.0)
+    groups = [{"params": list(state.model.parameters()), "name": "all"}]
+    state.optimizer = torch.optim.SGD(groups, lr=0.0)
     with torch.no_grad():
         state.model.clip.logit_scale.fill_(9.0)
     train_step(state, batch, run)
