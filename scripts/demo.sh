@@ -46,8 +46,8 @@ both sweep sweep
 both ablate ablate
 for arm in "${arms[@]}"; do
     printf '\n===== %s (all of it: %s.{evaluate,sweep,ablate}.log)\n' "$arm" "$out/$arm"
-    grep -E 'measure|R@1 ' "$out/$arm.evaluate.log"
-    head -n 14 "$out/$arm.sweep.log"
+    grep -m 3 -E 'measure|to-(text|image) R@1 ' "$out/$arm.evaluate.log"
+    sed '/^champion/,$d' "$out/$arm.sweep.log" # up to the verdict
 done
 printf '\n===== both\n'
 python -m interp.compare "$out"/{superclip,clip}/final_epoch.pt --threads 1 >"$out/compare.log"

@@ -29,7 +29,6 @@ class LossContext:
         images, captions: rows of the training data.
         steps_per_epoch, epochs: length of the run.
         width: dimensions of the joint space.
-        seed: of the run, for what a loss draws.
         lr_tau: learning rate of temperatures that the loss itself keeps.
         betas, optimizer_eps: of the model's optimizer.
     """
@@ -42,7 +41,6 @@ class LossContext:
     steps_per_epoch: int = 1
     epochs: int = 1
     width: int = 0
-    seed: int = 0
     lr_tau: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     optimizer_eps: float = 1e-6

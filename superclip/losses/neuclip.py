@@ -16,10 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superclip.config import NeuClipOptions
-from superclip.data.batch import Batch
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.normalizers import objective, similarity_blocks, with_tau_gradient
-from superclip.ops.world import World
 
 LARGEST_GAP = 10.0
 """Bound on log(eps + g) - a in every gradient: after a restart a may be far off."""
@@ -34,8 +32,9 @@ class NeuClipLoss(Loss):
     Each modality's anchors have m prototypes of the other: a_i = log(eps + mean_k exp((cos(anchor
     i, prototype k) - s_ii) / tau)). A step first fits the prototypes to the batch, `npn_repetition`
     times by AdaGrad, then hands a, held fixed, to the towers. Every `npn_restart_iter` steps the
-    prototypes begin anew as recent features. All ranks hold the same prototypes: each fits them to
-    the gathered batch, and nothing but the anchors' log-normalisers is sent beside the features.
+    prototypes begin anew as recent features; a batch that is not finite is no step. All ranks hold
+    the same prototypes: each fits them to the gathered batch, and nothing but the anchors'
+    log-normalisers is sent beside the features.
 
     Buffers: `prototypes` and `recent` features `[2, m, d]`, text for the pictures' anchors first;
         AdaGrad's `squares`, the same or `[2, 1, 1]`.
@@ -55,9 +54,6 @@ class NeuClipLoss(Loss):
         self.register_buffer("squares", torch.zeros(one_each))
         self.register_buffer("recent", torch.zeros(shape))
         self._error = torch.zeros(())
-
-    def observe(self, batch: Batch, world: World) -> None:
-        self.steps += 1
 
     def pair_terms(self, image_features, text_features, scale, batch, world) -> Terms:
         options, two_sided = self.options, self.options.communication == "reduction"
@@ -89,14 +85,15 @@ class NeuClipLoss(Loss):
         A restart takes the features before this batch's, so that no anchor finds its own partner
         among the prototypes (unless `npn_own_partner`); the first step has no others.
         """
-        kept, first = self.recent.shape[1], self.steps <= 1
+        kept, first = self.recent.shape[1], self.steps == 0
         incoming = others[:, torch.arange(kept) % others.shape[1]] if first else others[:, :kept]
         later = torch.cat([self.recent, incoming.to(self.recent.dtype)], 1)[:, -kept:]
-        if first or (self.steps - 1) % self.options.npn_restart_iter == 0:
+        if self.steps % self.options.npn_restart_iter == 0:
             self.prototypes.copy_(later if first or self.options.npn_own_partner else self.recent)
             if first or self.options.npn_reset:
                 self.squares.fill_(self.options.npn_accumulator)
         self.recent.copy_(later)
+        self.steps += 1
 
     def _descend(self, anchors: Tensor, positives: Tensor, tau: Tensor, logs: Tensor) -> None:
         """One AdaGrad step on mean_i exp(-a_i) (eps + g_i) + a_i."""

@@ -94,7 +94,6 @@ def build_run(
         plan.steps_per_epoch,
         plan.epochs,
         architecture["embed_dim"],
-        config.seed,
         config.lr_tau,
         (config.optim.beta1, config.optim.beta2),
         config.optim.eps,
