@@ -4,12 +4,14 @@ import importlib
 import json
 import mmap
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused
 
+PARTS = "core", "memory", "trainers"
 LABELS = {
     "sweep --model scenes-vit --batch-size 2 --stratum 4 --looped 2": [
         "scenes-vit: sweep / plain forward",
@@ -42,11 +44,12 @@ LABELS = {
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The script as a module; the thread settings it makes are undone."""
+    """The script and its parts; the thread settings it makes are undone."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     threads = torch.get_num_threads()
-    yield importlib.import_module("bench")
+    modules = {name: importlib.import_module(f"benches.{name}") for name in PARTS}
+    yield SimpleNamespace(main=importlib.import_module("bench").main, **modules)
     torch.set_num_threads(threads)
 
 
@@ -70,7 +73,7 @@ def test_benches_read_shards_that_are_given(bench, tmp_path, capsys):
     """Ours and open_clip_train's hand on the same pictures, or the bench itself fails."""
     from superclip.data.shard_writer import write_shards
 
-    write_shards(((bench.photograph(row), [row]) for row in range(4)), tmp_path, "train")
+    write_shards(((bench.trainers.photograph(row), [row]) for row in range(4)), tmp_path, "train")
     shards = str(tmp_path / "train-000000.tar")
     words = ["--shards", shards, "--batch-size", "2", "--rounds", "1", "--num"]
     small = ["--model", "scenes-vit", "--step-batch-size", "2", "--workers", "2"]
@@ -85,21 +88,21 @@ def test_both_trainers_learn_from_the_same_batch(bench, tmp_path):
     """The peer that is timed really trains: its loop and ours change weights, with every batch."""
     from superclip.training.loop import fit
 
-    setup = bench.Setup(tmp_path, bench.tiny_model(tmp_path, 32), 2, steps=3)
-    peer, (run, state) = bench.Peer(setup), bench.our_run(setup, "clip")
-    batches = list(bench.our_batches(run, 0, 3))
+    setup = bench.trainers.Setup(tmp_path, bench.trainers.tiny_model(tmp_path, 32), 2, steps=3)
+    peer, (run, state) = bench.trainers.Peer(setup), bench.trainers.our_run(setup, "clip")
+    batches = list(bench.trainers.our_batches(run, 0, 3))
     theirs = [(state.model.normalise(batch.images), batch.tokens) for batch, _ in batches]
     for model, train, items in (
         (peer.model, peer.train, theirs),
         (state.model, lambda feed: fit(run, state, feed), batches),
     ):
         before = [p.detach().clone() for p in model.parameters()]
-        feed = bench.Feed(lambda items=items: items, setup)
+        feed = bench.trainers.Feed(lambda items=items: items, setup)
         train(feed)
         assert all((a != b).any() for a, b in zip(before, model.parameters()))
         assert len(feed.waits) == 1
         with pytest.raises(AssertionError, match="2 of 3 batches"):
-            train(bench.Feed(lambda items=items: items[:2], setup))
+            train(bench.trainers.Feed(lambda items=items: items[:2], setup))
     assert state.step == 5
 
 
@@ -125,22 +128,22 @@ def test_the_token_term_on_paper_is_near_what_autograd_saves(bench):
     assert out is not None
     cells = 26 * vision["width"] * vision["layers"] + 20 * text["width"] * text["layers"]
     always = 16 * sum(p.numel() for p in clip.parameters())
-    line = bench.token_term("scenes-vit", 64)[0]
+    line = bench.memory.token_term("scenes-vit", 64)[0]
     assert f"CLIP step {(always + 34 * count * cells) / 1e9:.2f} GB" in line
     assert sum(held.values()) / (count * cells) == pytest.approx(34, rel=0.2)
 
 
 def test_resident_memory_counts_what_is_touched(bench):
-    before = bench.resident()
+    before = bench.core.resident()
     with mmap.mmap(-1, 10**8) as block:
         block.write(b"1" * 10**8)
-        assert 95 < bench.resident() - before < 250
+        assert 95 < bench.core.resident() - before < 250
 
 
 def test_sides_take_turns(bench):
     calls = []
     sides = {name: lambda name=name: calls.append(name) for name in "ab"}
-    costs = bench.interleave(sides, rounds=3)
+    costs = bench.core.interleave(sides, rounds=3)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert [series.shape for series in costs.values()] == [(3, 2), (3, 2)]
 
@@ -156,12 +159,14 @@ def test_sides_take_turns(bench):
 )
 def test_the_verdict_is_that_of_the_median(bench, target, verdict):
     series = np.array([[1, 3], [9, 3], [2, 3]])
-    row = bench.Row("label", "ratio", series, target)
+    row = bench.core.Row("label", "ratio", series, target)
     assert row.verdict == verdict
     assert row.spread("wall") == (2, 1, 9)
 
 
 def test_a_mistake_is_one_line():
-    assert "--rounds 0" in refused("scripts.bench", "scenes", "--rounds", "0")
-    assert "no multiple" in refused("scripts.bench", "loader", "--num", "65")
-    assert "for each reader" in refused("scripts.bench", "train", "--num", "64", "--workers", "2")
+    assert "--rounds 0" in refused("bench", "scenes", "--rounds", "0", cwd=ROOT / "scripts")
+    assert "no multiple" in refused("bench", "loader", "--num", "65", cwd=ROOT / "scripts")
+    assert "for each reader" in refused(
+        "bench", "train", "--num", "64", "--workers", "2", cwd=ROOT / "scripts"
+    )
