@@ -3,12 +3,14 @@ rate, with seeds as the outer level."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import statistics
 import subprocess
 import sys
 import threading
+import typing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from superclip.config import (
-    LOSS_OPTIONS,
     EvalConfig,
-    GridConfig,
+    OptimConfig,
     Task,
     TrainConfig,
     is_scenes,
     to_dict,
 )
-from superclip.errors import UserError, check_writable, replace_text, run_command
+from superclip.errors import UserError, check_writable, nearest, replace_text, run_command
 from superclip.flags import parse_train
+from superclip.loss_options import LOSS_OPTIONS, at_least_one
 
 if TYPE_CHECKING:
     from superclip.evaluation.measures import Result
@@ -57,6 +59,89 @@ SHOWN = {"image-to-text R@1": "TR@1", "text-to-image R@1": "IR@1", "top-1": "top
 
 class Diverged(UserError):
     """A run whose numbers are no longer finite."""
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """What `superclip.compare` sets side by side."""
+
+    losses: tuple[str, ...] = ("clip", "superclip")
+    """Losses, with commas or blanks between them."""
+    optimizers: tuple[str, ...] = ("adamw",)
+    """Optimizers, each with every loss."""
+    seeds: int = 6
+    """Runs of each arm, from seeds 0, 1, ...: six pairs are the least that can tell anything."""
+    tune: int | None = None
+    """Learning rates to try for each arm, by factors of 2; more while the best lies at an end."""
+    tune_data: str | None = None
+    """Held-out data of that search. Default: scenes:tune on scenes."""
+    data: str | None = None
+    """Training data, spelled like --train-data of superclip.train. Default: scenes."""
+    val_data: str | None = None
+    """Pictures and captions that judge. Default: the held-out data of --data."""
+    zeroshot: str | None = None
+    """Labelled pictures that judge. Default: scenes' own on scenes, else none."""
+    set: tuple[str, ...] = ()
+    """Options of single losses or optimizers, as NAME.option=value: fastclip-v3.rho=8.5 sgd.wd=1e-4
+    sgd.momentum=0.95."""
+    against: str = "clip"
+    """The loss that the others are compared with."""
+    jobs: int = 1
+    """Runs at a time."""
+    launcher: str = "python"
+    """What starts a run: 'torchrun --nproc-per-node 8', say."""
+    bootstrap: int = 2000
+    """Draws of the bootstrap over pictures."""
+    device: str = "auto"
+    """Where checkpoints are measured."""
+    out: Path = Path("logs/compare")
+    """Folder of all runs, of compare.json and of compare.png."""
+
+    def __post_init__(self) -> None:
+        for name in ("losses", "optimizers"):
+            given = [part for item in getattr(self, name) for part in item.split(",") if part]
+            object.__setattr__(self, name, tuple(given))
+            if len(dict.fromkeys(given)) < len(given) or not given:
+                raise UserError(f"--{name} {' '.join(given)}: name each once, and at least one")
+        for loss in self.losses:
+            if loss not in LOSS_OPTIONS:
+                raise UserError(f"--losses: {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
+        known = typing.get_args(typing.get_type_hints(OptimConfig)["optimizer"])
+        for optimizer in self.optimizers:
+            if optimizer not in known:
+                raise UserError(
+                    f"--optimizers: {optimizer!r} is unknown; {nearest(optimizer, known)}"
+                )
+        for item in self.set:
+            name, _, option = item.partition(".")
+            if name not in (*self.losses, *self.optimizers) or "=" not in option:
+                raise UserError(
+                    f"--set {item}: write NAME.option=value, for one of --losses or --optimizers"
+                )
+            known = {"lr_tau", "lr_tau_schedule", "init_scale"}  # what is no budget
+            if name in self.losses:
+                known |= {f.name for f in dataclasses.fields(LOSS_OPTIONS[name])}
+            else:
+                known = {"wd", "momentum", "nesterov", "beta1", "beta2", "eps"}
+            own = option.partition("=")[0].replace("-", "_")
+            if own not in known:
+                way_out = nearest(own, known)
+                raise UserError(f"--set {item}: {own} is no option of {name}; {way_out}")
+        at_least_one(self, "seeds", "tune", "jobs")
+        if self.bootstrap < 100:
+            raise UserError(f"--bootstrap {self.bootstrap} must be at least 100")
+        if self.tune_data is not None and not self.tune:
+            raise UserError("--tune-data goes with --tune N")
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """Loss and flag (as name=value) of every `set`."""
+        found = []
+        for item in self.set:
+            loss, _, option = item.partition(".")
+            name, _, value = option.partition("=")
+            found.append((loss, f"{name.replace('_', '-')}={value}"))
+        return found
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from superclip.config import LOSS_OPTIONS, TrainConfig, owner_of_keys, train_config
+from superclip.config import TrainConfig, owner_of_keys, train_config
 from superclip.errors import UserError, nearest
+from superclip.loss_options import LOSS_OPTIONS
 
 T = TypeVar("T")
 

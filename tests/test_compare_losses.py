@@ -9,8 +9,7 @@ import pytest
 from conftest import command, refused
 
 from superclip import compare
-from superclip.compare import Arm, Grid, lines, plot
-from superclip.config import GridConfig
+from superclip.compare import Arm, Grid, GridConfig, lines, plot
 from superclip.errors import UserError
 from superclip.evaluation.measures import Mean, Measure, Result
 

@@ -9,12 +9,10 @@ import pytest
 from conftest import ROOT, refused
 
 from superclip.config import (
-    LOSS_OPTIONS,
     DataConfig,
     EvalConfig,
     ModelConfig,
     OptimConfig,
-    SuperClipOptions,
     TrainConfig,
     differences,
     to_dict,
@@ -22,6 +20,7 @@ from superclip.config import (
 )
 from superclip.errors import UserError
 from superclip.flags import parse_train, recipes
+from superclip.loss_options import LOSS_OPTIONS, SuperClipOptions
 
 
 def test_defaults_are_superclip_on_scenes():

@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from superclip.config import EvalConfig, GridConfig
+from superclip.compare import GridConfig
+from superclip.config import EvalConfig
 from superclip.errors import UserError
 from superclip.flags import parse, parse_train
 

@@ -3,7 +3,7 @@ tables."""
 
 from typing import Any
 
-from superclip.config import LOSS_OPTIONS, LossOptions
+from superclip.loss_options import LOSS_OPTIONS, LossOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.losses.clip import ClipLoss
 from superclip.losses.cyclip import CyClipLoss

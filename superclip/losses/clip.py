@@ -2,7 +2,7 @@
 
 from typing import final
 
-from superclip.config import ClipOptions
+from superclip.loss_options import ClipOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.similarity import info_nce
 

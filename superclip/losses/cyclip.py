@@ -4,7 +4,7 @@ from typing import final
 
 import torch
 
-from superclip.config import CyClipOptions
+from superclip.loss_options import CyClipOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.similarity import at_least_fp32, pair_cross_entropy
 

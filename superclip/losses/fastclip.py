@@ -15,8 +15,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from superclip.config import FastClipOptions, FastClipV2Options, FastClipV3Options
 from superclip.data.batch import Batch
+from superclip.loss_options import FastClipOptions, FastClipV2Options, FastClipV3Options
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.losses.robust import Columns, robust_term
 from superclip.losses.sample_table import PairTables

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from superclip.config import ISogClrOptions
+from superclip.loss_options import ISogClrOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.losses.robust import Columns, robust_term
 from superclip.losses.sample_table import PairTables

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superclip.config import NeuClipOptions
+from superclip.loss_options import NeuClipOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.normalizers import objective, similarity_blocks, with_tau_gradient
 

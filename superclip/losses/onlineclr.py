@@ -6,8 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from superclip.config import OnlineClrOptions
 from superclip.errors import UserError
+from superclip.loss_options import OnlineClrOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.normalizers import moving_average, objective
 from superclip.ops.similarity import at_least_fp32, partners

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from superclip.config import RobustOptions
 from superclip.data.batch import Batch
+from superclip.loss_options import RobustOptions
 from superclip.losses.sample_table import PairTables
 from superclip.ops.normalizers import moving_average, objective, similarity_blocks
 from superclip.ops.world import World

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from superclip.config import SigLipOptions
+from superclip.loss_options import SigLipOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.similarity import at_least_fp32, partners
 

@@ -4,7 +4,7 @@
 import math
 from typing import ClassVar, final
 
-from superclip.config import SogClrOptions
+from superclip.loss_options import SogClrOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.losses.sample_table import PairTables
 from superclip.ops.normalizers import moving_average, objective, similarity_blocks

@@ -8,8 +8,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from superclip.config import SuperClipOptions
 from superclip.data.batch import Batch
+from superclip.loss_options import SuperClipOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.model.output import ClipOutput
 from superclip.ops.similarity import info_nce

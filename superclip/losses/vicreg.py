@@ -6,8 +6,8 @@ from typing import ClassVar, final
 import torch
 import torch.nn.functional as F
 
-from superclip.config import VicRegOptions
 from superclip.errors import UserError
+from superclip.loss_options import VicRegOptions
 from superclip.losses.base import Loss, LossContext, Terms
 from superclip.ops.similarity import at_least_fp32
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from superclip.config import SuperClipOptions, TrainConfig, to_dict
+from superclip.config import TrainConfig, to_dict
 from superclip.data.batch import Source
 from superclip.data.loader import Preprocess, Tokenize, TrainRows, limited, tokenizer_for
 from superclip.data.order import Order
@@ -21,6 +21,7 @@ from superclip.data.sources import held_out_spec, open_source, shard_weights
 from superclip.data.stream import Stream
 from superclip.errors import UserError, nearest
 from superclip.evaluation.encode import Encoder
+from superclip.loss_options import SuperClipOptions
 from superclip.losses import LOSSES, LossContext, build_loss
 from superclip.model.adopt import adopt_towers
 from superclip.model.factory import (

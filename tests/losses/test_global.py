@@ -14,7 +14,9 @@ from conftest import SIZES, free_port
 from reference.contrastive import info_nce
 from reference.global_contrastive import Naive
 
-from superclip.config import (
+from superclip.data.batch import Batch
+from superclip.errors import UserError
+from superclip.loss_options import (
     LOSS_OPTIONS,
     FastClipV0Options,
     FastClipV1Options,
@@ -23,8 +25,6 @@ from superclip.config import (
     ISogClrOptions,
     SogClrOptions,
 )
-from superclip.data.batch import Batch
-from superclip.errors import UserError
 from superclip.losses import LossContext, build_loss
 from superclip.losses.sample_table import SampleTable
 from superclip.ops.world import World

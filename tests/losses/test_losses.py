@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from reference import tokens as naive
 
-from superclip.config import LOSS_OPTIONS, ClipOptions, SuperClipOptions
 from superclip.data.batch import Batch
+from superclip.loss_options import LOSS_OPTIONS, ClipOptions, SuperClipOptions
 from superclip.losses import LOSSES, LossContext, build_loss
 from superclip.model.output import ClipOutput
 from superclip.ops.world import World

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import SIZES, free_port
 from reference.neuclip import Naive
 
-from superclip.config import FastClipV3Options, NeuClipOptions
 from superclip.data.batch import Batch
+from superclip.loss_options import FastClipV3Options, NeuClipOptions
 from superclip.losses import LossContext, build_loss
 from superclip.losses.neuclip import predicted
 from superclip.ops.normalizers import similarity_blocks

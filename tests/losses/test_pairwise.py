@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conftest import SIZES, free_port
 from reference import pairwise as naive
 
-from superclip.config import CyClipOptions, OnlineClrOptions, SigLipOptions, VicRegOptions
 from superclip.data.batch import Batch
 from superclip.errors import UserError
+from superclip.loss_options import CyClipOptions, OnlineClrOptions, SigLipOptions, VicRegOptions
 from superclip.losses import LossContext, build_loss
 from superclip.ops.world import World
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import ROOT
 from test_resume import equal, record
 
-from superclip.config import SuperClipOptions
 from superclip.data.batch import Batch
 from superclip.errors import UserError
+from superclip.loss_options import SuperClipOptions
 from superclip.losses import LossContext, build_loss
 from superclip.ops.reducer import GradientReducer
 from superclip.ops.similarity import info_nce

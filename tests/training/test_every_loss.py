@@ -12,10 +12,11 @@ import torch
 import torch.multiprocessing as mp
 from test_resume import equal, record
 
-from superclip.config import LOSS_OPTIONS, owner_of_keys, train_config
+from superclip.config import owner_of_keys, train_config
 from superclip.data.loader import collate
 from superclip.errors import UserError
 from superclip.flags import parse_train, read_recipe, recipes
+from superclip.loss_options import LOSS_OPTIONS
 from superclip.ops.world import World
 from superclip.train import main
 from superclip.training.build import build_run
