@@ -128,6 +128,8 @@ class GridConfig:
                 way_out = nearest(own, known)
                 raise UserError(f"--set {item}: {own} is no option of {name}; {way_out}")
         at_least_one(self, "seeds", "tune", "jobs")
+        if not self.launcher.strip():
+            raise UserError("--launcher is empty; name what starts a run, or leave it out")
         if self.bootstrap < 100:
             raise UserError(f"--bootstrap {self.bootstrap} must be at least 100")
         if self.tune_data is not None and not self.tune:
@@ -191,6 +193,7 @@ class Grid:
         if config.against not in config.losses:
             raise UserError(f"--against {config.against} is not among --losses")
         self.searches: dict[str, dict[str, Any]] = {}
+        self.facts: dict[Path, dict[str, Any]] = {}
         first = self.parsed(self.arms[0], TUNING_SEED, None, config.out)
         for arm in self.arms:
             self.parsed(arm, TUNING_SEED, None, config.out)
@@ -326,7 +329,28 @@ class Grid:
 
         evaluation = Evaluation(config, choose_device(self.config.device))
         checkpoint = open_checkpoint(out / "final_epoch.pt", None)
+        self.facts[out] = checkpoint.facts
         return list(evaluation.run(checkpoint, evaluation.prepare(checkpoint)))
+
+    def unlike(self) -> list[str]:
+        """In which circumstances the measured runs differ, one line each.
+
+        Raises:
+            UserError: if two of them were trained on other data.
+        """
+        first, *rest = self.facts.items()
+        for out, facts in rest:
+            if facts["data_sha256"] != first[1]["data_sha256"]:
+                raise UserError(
+                    f"{out} was trained on other data than {first[0]}: they changed in between; "
+                    "delete one of the two, and the same command trains it anew"
+                )
+        told = []
+        for name in ("versions", "world_size", "threads", "device", "commit"):
+            found = list(dict.fromkeys(str(facts.get(name)) for facts in self.facts.values()))
+            if len(found) > 1:
+                told.append(f"runs differ in {name}: {' and '.join(found)}")
+        return told
 
     def compared(self, rates: Mapping[Arm, float | None]) -> dict[str, Any]:
         """Train every arm from every seed, measure, and test each against the reference."""
@@ -349,6 +373,7 @@ class Grid:
             "shared": self.shared,
             "data": {r.task: r.data for r in found[self.arms[0]][0]},
             "without_memory": self.without_memory,
+            "unlike": self.unlike(),
             "arms": {
                 str(arm): {
                     "config": to_dict(self.parsed(arm, 0, rates[arm], place[arm, 0])),
@@ -455,6 +480,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
         said = f"{row['arm']}, {row['measure']}: p {shown(row['p'])}, Holm {shown(row['p_holm'])}"
         told.append(f"  {said}: {row['verdict']}")
     told.append("average: tested over seeds alone; the rest over seeds and pictures")
+    told += report.get("unlike", [])
     if idle := report.get("without_memory"):
         told.append(
             f"one pass over the data: {', '.join(idle)} saw every sample once, so that no moving "

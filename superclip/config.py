@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from superclip.errors import UserError, nearest
-from superclip.loss_options import LOSS_OPTIONS, LossOptions, at_least_one, free
+from superclip.loss_options import LOSS_OPTIONS, LossOptions, at_least_one, free, refuse_set
 
 Precision = Literal["auto", "fp32", "amp", "amp_bf16"]
 
@@ -228,8 +228,9 @@ class OptimConfig:
     lr_min: float = 0.0
     """Learning rate at the end of the run."""
     lr_tau: float | None = None
-    """Learning rate of the temperature; 0 holds it constant. Default: --lr; of a loss that keeps
-    one of each sample, its paper's (.0133 fastclip-v2, .03 isogclr)."""
+    """Learning rate of the temperature; 0 holds it constant. Default: --lr (FastCLIP-v3 was
+    published with a fifth to a quarter of it, NeuCLIP with an eighth); of a loss that keeps one of
+    each sample, its paper's (.0133 fastclip-v2, .03 isogclr)."""
     lr_tau_schedule: Literal["cosine", "const", "step_thresh"] = "cosine"
     """Of the logit scale: as --lr, constant, or a third of it once the temperature is at most .03
     (FastCLIP)."""
@@ -358,7 +359,7 @@ class TrainConfig(Generic[Options]):
             raise UserError(
                 f"--loss {self.loss} takes {expected.__name__}, not {type(self.options).__name__}"
             )
-        self._check_tau()
+        self._refuse_idle()
         at_least_one(self, "log_every", "save_frequency", "threads", "save_every", "keep_last")
         at_least_one(self, "eval_every")
         at_least_one(self, "log_grad_share", "profile")
@@ -369,13 +370,22 @@ class TrainConfig(Generic[Options]):
             raise UserError(f"--track {unknown[0]!r} is unknown; use tensorboard, wandb or both")
         check_seed("--seed", self.seed)
 
-    def _check_tau(self) -> None:
+    def _refuse_idle(self) -> None:
+        """Raises UserError for options that this loss or optimizer never reads."""
         kind, optim = self.options.temperature, self.optim
-        odd = {"lr_tau": kind == "constant", "lr_tau_schedule": kind != "learnable"}
-        for name in (name for name, idle in odd.items() if idle):
-            if getattr(optim, name) != OptimConfig.__dataclass_fields__[name].default:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag}: --loss {self.loss} keeps {kind} temperatures; leave it")
+        keeps = "has no temperature" if kind == "none" else f"keeps {kind} temperatures"
+        why = f"is idle: --loss {self.loss} {keeps}"
+        if kind in ("constant", "none"):
+            refuse_set(optim, ["lr_tau"], why)
+        if kind == "none":
+            refuse_set(self.model, ["init_scale"], why)
+        if kind != "learnable":
+            refuse_set(optim, ["lr_tau_schedule"], why)
+        elif optim.lr_tau == 0:
+            refuse_set(optim, ["lr_tau_schedule"], "is idle: --lr-tau 0 holds the temperature")
+        unread = {"sgd": ("beta1", "beta2", "eps"), "lion": ("eps",)}.get(optim.optimizer, ())
+        if self.loss != "fastclip-v2":  # its temperatures take Adam's steps, whatever the towers'
+            refuse_set(optim, unread, f"is nothing that --optimizer {optim.optimizer} reads")
 
     @property
     def init_scale(self) -> float:

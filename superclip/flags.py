@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from superclip.config import TrainConfig, owner_of_keys, train_config
+from superclip.config import OptimConfig, TrainConfig, owner_of_keys, train_config
 from superclip.errors import UserError, nearest
 from superclip.loss_options import LOSS_OPTIONS
 
@@ -131,9 +131,22 @@ def _for_loss(values: dict[str, Any], loss: str) -> dict[str, Any]:
         return values
     owners = owner_of_keys(values["loss"])
     kept = {k: v for k, v in values.items() if k != "options" and owners.get(k) != "options"}
-    for tau in ("lr_tau", "lr_tau_schedule"):  # the temperature's kind is the loss's, too
+    for tau in ("lr_tau", "lr_tau_schedule", "init_scale"):  # the temperature is the loss's, too
         kept.pop(tau, None)
     return kept
+
+
+def _for_optimizer(values: dict[str, Any], optimizer: str | None) -> dict[str, Any]:
+    """Options without those of their own optimizer, if another one takes its place."""
+    own = values.get("optim", values)
+    if optimizer in (None, own.get("optimizer", OptimConfig.optimizer)):
+        return values
+    kept = {k: v for k, v in own.items() if k not in OF_THE_OPTIMIZER}
+    return kept if own is values else values | {"optim": kept}
+
+
+OF_THE_OPTIMIZER = "beta1", "beta2", "eps", "wd", "momentum", "nesterov"
+"""Options whose meaning another optimizer does not share."""
 
 
 def recipe_list() -> str:
@@ -196,6 +209,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
         if loss not in LOSS_OPTIONS:
             raise UserError(f"--loss {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
         values = _for_loss(values, loss) | {"loss": loss}
+    values = _for_optimizer(values, _peek(argv, "--optimizer")[0])
     default = train_config(values, f"--config {config}" if config else f"--recipe {recipe}")
     cls = TrainConfig[LOSS_OPTIONS[default.loss]]
     _refuse_other_losses(argv, default.loss)

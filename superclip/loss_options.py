@@ -7,7 +7,8 @@ be resumed with other values of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from superclip.errors import UserError
@@ -25,7 +26,15 @@ def at_least_one(options: Any, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
-Temperature = Literal["learnable", "constant", "individual"]
+def refuse_set(options: Any, names: Iterable[str], why: str) -> None:
+    """Raises UserError for an option that has no effect here but was given another value."""
+    defaults = {f.name: f.default for f in fields(options)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            raise UserError(f"--{name.replace('_', '-')} {why}; leave it out")
+
+
+Temperature = Literal["learnable", "constant", "individual", "none"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,9 @@ class LossOptions:
     """What every loss says of itself beside its options.
 
     Attributes:
-        temperature: learnable (the model's logit scale), constant, or individual (the loss keeps
-            one of each sample, and the logit scale stays where it begins).
+        temperature: learnable (the model's logit scale), constant, individual (the loss keeps one
+            of each sample, and the logit scale stays where it begins), or none (it reads no
+            temperature at all).
         init_scale: the logit scale that its paper begins with.
         lr_tau: learning rate of individual temperatures.
         keeps_samples: whether it keeps numbers of every sample, idle in the first pass.
@@ -289,6 +299,9 @@ class NeuClipOptions(LossOptions):
         _within(self, 0, math.inf, "npn_lr")
         if self.npn_repetition < 0 or not 0 <= self.npn_accumulator < math.inf:
             raise UserError("--npn-repetition and --npn-accumulator must not be negative")
+        if not self.npn_repetition:
+            idle = "npn_lr", "npn_adagrad", "npn_accumulator", "npn_reset"
+            refuse_set(self, idle, "is AdaGrad's, and --npn-repetition 0 takes none of its steps")
 
 
 def _not_negative(options: Any, *names: str) -> None:
@@ -317,7 +330,7 @@ class CyClipOptions(LossOptions):
 class VicRegOptions(LossOptions):
     """Options of `--loss vicreg` (Bardes et al., ICLR 2022)."""
 
-    temperature: ClassVar[Temperature] = "constant"
+    temperature: ClassVar[Temperature] = "none"
     sim_coeff: float = 25.0
     """Weight of the squared distance between partners."""
     std_coeff: float = 25.0

@@ -102,11 +102,22 @@ def test_holm_is_over_all_arms_and_the_average_over_seeds(tmp_path):
         ({"losses": ("clip",), "tune": 3, "tune_data": "scenes:val"}, [], "pictures that judge"),
         ({"losses": ("clip",), "optimizers": ("adamq",)}, [], "'adamq' is unknown"),
         ({"losses": ("clip,clip",)}, [], "name each once"),
+        ({"losses": ("clip",), "launcher": " "}, [], "--launcher is empty"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused_first(values, shared, told):
     with pytest.raises(UserError, match=told):
         Grid(GridConfig(**values), shared)
+
+
+def test_runs_of_other_data_are_no_comparison(tmp_path):
+    grid = Grid(GridConfig(losses=("clip",)), [])
+    facts = {"data_sha256": "a", "versions": {"torch": "2.8"}, "device": "cpu"}
+    grid.facts = {tmp_path / "a": facts, tmp_path / "b": facts | {"device": "cuda"}}
+    assert grid.unlike() == ["runs differ in device: cpu and cuda"]
+    grid.facts[tmp_path / "b"] = facts | {"data_sha256": "b"}
+    with pytest.raises(UserError, match=r"b was trained on other data than .*a:"):
+        grid.unlike()
 
 
 @pytest.mark.slow

@@ -55,6 +55,23 @@ def test_recipes_parse(name):
     assert parse_train(["--recipe", name]).loss in LOSS_OPTIONS
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lion"])
+def test_another_optimizer_leaves_a_recipes_own_behind(optimizer, tmp_path):
+    recipe = parse_train(["--recipe", "small-batch-sogclr", "--optimizer", optimizer])
+    (tmp_path / "run.json").write_text(
+        json.dumps({"config": to_dict(parse_train(["--recipe", "small-batch-sogclr"]))})
+    )
+    record = parse_train(["--config", str(tmp_path / "run.json"), "--optimizer", optimizer])
+    assert recipe == record
+    assert (recipe.optim.optimizer, recipe.optim.eps, recipe.optim.wd) == (optimizer, 1e-6, None)
+    assert recipe.optim.epochs == 30
+
+
+def test_fastclip_v2_reads_adams_numbers_whatever_the_towers_take():
+    words = "--loss fastclip-v2 --optimizer sgd --beta1 0.5"
+    assert parse_train(words.split()).optim.beta1 == 0.5
+
+
 def test_flat_names_do_not_collide():
     parts = [ModelConfig, DataConfig, OptimConfig, TrainConfig]
     for options in LOSS_OPTIONS.values():
@@ -90,6 +107,13 @@ def test_flat_names_do_not_collide():
         ("--save-every-minutes -1", "time span"),
         ("--train-data a.tar::b.tar --train-data-weights 1", "each of the 2 source(s)"),
         ("--on-nonfinite ignore", "stop"),
+        ("--loss clip --lr-tau 0 --lr-tau-schedule const", "--lr-tau 0 holds the temperature"),
+        ("--loss sogclr --lr-tau 0.1", "keeps constant temperatures"),
+        ("--loss isogclr --lr-tau-schedule const", "keeps individual temperatures"),
+        ("--loss vicreg --init-scale 10", "vicreg has no temperature"),
+        ("--loss neuclip --npn-repetition 0 --npn-lr 0.1", "takes none of its steps"),
+        ("--loss clip --optimizer sgd --beta1 0.5", "nothing that --optimizer sgd reads"),
+        ("--loss clip --optimizer lion --eps 1e-8", "nothing that --optimizer lion reads"),
     ],
 )
 def test_mistakes_become_one_line(words, said):

@@ -28,6 +28,9 @@ class OnlineClrLoss(Loss):
     instead of gamma times that, which makes its first steps up to 1 / gamma as long; a value that
     is the objective's; one rank; state that is saved.
 
+    The released code adds both directions; by row and by column all negative pairs are the same
+    ones, so that one direction here is half of its sum.
+
     Buffer: `log_u` `[2]`, log of the averages of negatives and positives; minus infinity at first.
     """
 

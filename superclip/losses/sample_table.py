@@ -59,7 +59,7 @@ class SampleTable(nn.Module):
         self.rows[unique] = (sums / place.bincount()[:, None]).to(self.rows.dtype)
 
     def _known(self, ids: Tensor) -> Tensor:
-        low, high = (int(bound) for bound in ids.aminmax())
+        low, high = torch.stack(ids.aminmax()).tolist()  # one wait for the device
         if low < 0 or high >= len(self.rows):
             raise UserError(
                 f"sample {low if low < 0 else high} is not among the {len(self.rows)} that this "

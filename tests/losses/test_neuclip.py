@@ -25,7 +25,7 @@ CASES = [
     replace(SMALL, communication="gather", npn_num_protos=30, npn_own_partner=True),
     replace(SMALL, npn_reset=False, npn_accumulator=0.01),
     replace(SMALL, npn_adagrad="norm"),
-    replace(SMALL, npn_repetition=0, normalizer_eps=0.1),
+    replace(SMALL, npn_repetition=0, npn_lr=1.0, normalizer_eps=0.1),
 ]
 
 
