@@ -39,14 +39,72 @@ def check_seed(flag: str, seed: int | None) -> None:
 Options = TypeVar("Options", bound=LossOptions)
 
 
-TOWER_OPTIONS = [
-    "image_weights",
-    "text_weights",
-    "embed_dim",
-    "image_size",
-    "context_length",
-    "text_pooling",
-]
+TOWER_OPTIONS = ["image_weights", "text_weights", "embed_dim", "image_size", "text_pooling"]
+
+
+@dataclass(frozen=True)
+class ImageReduction:
+    """How many patches of a training picture the vision tower sees (CLIPA, section 3.1).
+
+    Attributes:
+        kind: resize (a smaller picture), or a mask.
+        value: pixels a side; of a mask the share of patches that stay.
+    """
+
+    kind: Literal["resize", "random", "grid", "block"]
+    value: float
+
+    @staticmethod
+    def parse(text: str) -> ImageReduction:
+        """`KIND:VALUE`.
+
+        >>> str(ImageReduction.parse("random:0.50")), ImageReduction.parse("block:0.25").kept(14)
+        ('random:0.5', 49)
+
+        Raises:
+            UserError: for anything else.
+        """
+        kind, _, number = text.partition(":")
+        if kind not in typing.get_args(typing.get_type_hints(ImageReduction)["kind"]):
+            raise UserError(
+                f"--image-reduction {text}: write resize:SIZE, random:KEEP, grid:KEEP or block:KEEP"
+            )
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if kind == "resize" and not (value >= 1 and value == int(value)):
+            raise UserError(f"--image-reduction {text}: SIZE is a whole number of pixels")
+        if kind != "resize" and not 0 < value < 1:
+            raise UserError(f"--image-reduction {text}: KEEP is a share between 0 and 1")
+        return ImageReduction(kind, value)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.value:g}"
+
+    def kept(self, side: int) -> int:
+        """Patches that stay of `side` x `side`.
+
+        random: the whole part of the share, at least 1. grid: one of each window of 2 x 2 (KEEP
+        1/4), 3 x 3 (1/9), ... block: the square nearest to the share.
+
+        Raises:
+            UserError: for a grid whose windows don't tile the picture.
+        """
+        if self.kind == "resize":
+            return side * side
+        if self.kind == "random":
+            return max(1, math.floor(side * side * self.value + 1e-9))
+        if self.kind == "block":
+            return min(side, max(1, round(side * self.value**0.5))) ** 2
+        window = round(self.value**-0.5)
+        if abs(window**-2 - self.value) > 0.01 * self.value or side % window:
+            ways = [f"{n**-2:.4g}" for n in range(2, side + 1) if side % n == 0]
+            raise UserError(
+                f"--image-reduction {self}: windows must tile the {side} x {side} patches: "
+                f"{'KEEP ' + ', '.join(ways) if ways else 'none do; use random or block'}"
+            )
+        return (side // window) ** 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +117,10 @@ class ModelConfig:
     init_scale: float | None = None
     """Initial scale of the logits (1 / temperature). Default: that of the loss's paper, or of
     --pretrained."""
+    image_reduction: str | None = None
+    """Fewer image tokens in training (CLIPA): resize:SIZE trains on smaller pictures; random:KEEP,
+    grid:KEEP or block:KEEP keep a share of the patches (grid:0.25 one of each 2 x 2), drawn anew
+    each epoch. Evaluation sees all patches (of the smaller picture)."""
     grad_checkpointing: bool = free(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = free(False)
@@ -79,7 +141,8 @@ class ModelConfig:
     image_size: int | None = None
     """Pixels a side for --image-tower. Default: the tower's own."""
     context_length: int | None = None
-    """Tokens of a text for --text-tower. Default: 30."""
+    """Tokens of a text, start and end among them. Default: that of --model; 30 for
+    --text-tower."""
     text_pooling: Literal["cls", "mean"] | None = None
     """What --text-tower makes of its last states: the first of them (cls, the default), or the mean
     over the text."""
@@ -88,6 +151,10 @@ class ModelConfig:
         if self.init_scale is not None and not 1 <= self.init_scale <= 100:
             raise UserError(f"--init-scale {self.init_scale} must lie in [1, 100]")
         at_least_one(self, "embed_dim", "image_size")
+        if self.context_length is not None and self.context_length < 3:
+            raise UserError(f"--context-length {self.context_length} must be at least 3")
+        if self.image_reduction is not None:
+            ImageReduction.parse(self.image_reduction)
         self._check_towers()
 
     def _check_towers(self) -> None:
@@ -111,8 +178,12 @@ class ModelConfig:
                     f"--{name} {getattr(self, name)} and --image-tower both say what the model "
                     "is; leave one out"
                 )
-        if self.context_length is not None and self.context_length < 3:
-            raise UserError(f"--context-length {self.context_length} must be at least 3")
+        if self.reduction is not None:
+            raise UserError("--image-reduction goes with --model; a tower has --image-size")
+
+    @property
+    def reduction(self) -> ImageReduction | None:
+        return ImageReduction.parse(self.image_reduction) if self.image_reduction else None
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 
+from superclip.config import ModelConfig
 from superclip.data.loader import Preprocess
 from superclip.errors import UserError, nearest
 from superclip.model.towers import TextTokenizer, Towers, is_towers
@@ -52,6 +53,30 @@ def model_config(name: str) -> dict[str, Any]:
             f"--model {name}: captioning models (CoCa) are not supported; choose a CLIP model"
         )
     return deepcopy(config)
+
+
+def reduced(config: dict[str, Any], options: ModelConfig) -> dict[str, Any]:
+    """The configuration for the pictures and texts that `options` ask for: `--image-reduction
+    resize:SIZE` and `--context-length` (CLIPA trains on few tokens first).
+
+    Raises:
+        UserError: if the patches don't tile such a picture, or the tower has no positions to spare.
+    """
+    config, reduction = deepcopy(config), options.reduction
+    if options.context_length is not None:
+        config["text_cfg"]["context_length"] = options.context_length
+    if reduction is not None and reduction.kind == "resize":
+        size, patch = int(reduction.value), config["vision_cfg"].get("patch_size")
+        if patch is None:
+            raise UserError(f"--image-reduction {reduction}: {options.model} has no patches")
+        if size % patch:
+            near = max(patch, size // patch * patch)
+            raise UserError(
+                f"--image-reduction {reduction}: patches of {patch} px don't tile it; use "
+                f"resize:{near} or resize:{near + patch}"
+            )
+        config["vision_cfg"]["image_size"] = size
+    return config
 
 
 def build_clip(config: dict[str, Any], seed: int = 0, init_scale: float | None = None) -> Any:

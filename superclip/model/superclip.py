@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from superclip.model.grid import grid_width, pooled_and_mean
+from superclip.model.masking import PatchMask
 from superclip.model.output import ClipOutput
 
 
@@ -109,6 +110,12 @@ class SuperCLIP(nn.Module):
     def encode_text(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """Unit vectors of texts."""
         return F.normalize(self.clip.encode_text(tokens), dim=-1)
+
+    def choose_patches(self, rows: Int[Tensor, " b"], epoch: int) -> None:
+        """Decide which patches of these pictures the next forward pass keeps, where a mask is."""
+        mask = getattr(self.clip.visual, "patch_dropout", None)
+        if isinstance(mask, PatchMask):
+            mask.choose(rows, epoch)
 
     def compile_towers(self, backend: str = "inductor") -> None:
         """Compile both towers for `forward`, each as one graph; a graph break is an error."""

@@ -30,10 +30,12 @@ from superclip.model.factory import (
     load_pretrained,
     model_config,
     preprocess_for,
+    reduced,
     special_ids,
     tokenizer,
 )
 from superclip.model.grid import grid_width
+from superclip.model.masking import mask_patches
 from superclip.model.superclip import SuperCLIP, TokenHead
 from superclip.model.weights import state_sha256
 from superclip.ops.precision import concrete_precision
@@ -79,6 +81,9 @@ def build_run(
     data = config.data
     source, order = _training_data(config)
     architecture, clip, tag = _initial_clip(config)
+    reduction = config.model.reduction
+    if reduction is not None and reduction.kind != "resize":
+        mask_patches(clip, reduction, config.seed)
     preprocess = preprocess_for(architecture, data.resize, tag)
     bpe = tokenizer(architecture)
     tokenize = tokenizer_for(bpe)
@@ -235,7 +240,7 @@ def _initial_clip(config: TrainConfig[Any]) -> tuple[dict[str, Any], Any, dict[s
     options = config.model
     if options.image_tower is not None:
         return adopt_towers(options, config.seed, config.init_scale)
-    architecture = model_config(options.model)
+    architecture = reduced(model_config(options.model), options)
     if options.pretrained is None:
         return architecture, build_clip(architecture, config.seed, config.init_scale), {}
     clip = build_clip(architecture, config.seed)

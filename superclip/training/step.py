@@ -107,6 +107,7 @@ def _total(terms: Terms) -> Tensor:
 def _forward(state: TrainState, batch: Batch, micro: int, run: Run) -> ClipOutput:
     """Random numbers of the model, if it draws any, are counted like all others."""
     place = run.world.rank * run.plan.accum_freq + micro
+    state.model.choose_patches(batch.image_ids, state.step // run.plan.steps_per_epoch)
     torch.manual_seed(((run.config.seed << 40) + (state.step << 16) + place) % 2**63)
     with autocast(run.precision, run.world.device):
         return state.model(batch.images, batch.tokens)

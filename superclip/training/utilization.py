@@ -49,6 +49,7 @@ def pair_flops(model: SuperCLIP, size: int, length: int) -> float:
     training = model.training
     model.train()  # in evaluation torch's fused attention hides its operations from the counter
     try:
+        model.choose_patches(tokens[:, 0], 0)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.encode_image(images)
             model.encode_text(tokens)

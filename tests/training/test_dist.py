@@ -170,3 +170,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(one, few_scenes, tmp_path):
     end = torch.load(tmp_path / "run" / "epoch_1.pt", weights_only=True)
     for name, tensor in one["state_dict"].items():
         torch.testing.assert_close(end["state_dict"][name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_masked_patches_are_the_same_on_any_number_of_ranks(few_scenes, tmp_path):
+    """Eight steps over two epochs: one process, one in micro-steps, three."""
+    words = "--train-num-samples 48 --epochs 2 --image-reduction random:0.5 --val-data"
+    for name, ranks, more in (("one", 1, []), ("parts", 1, ["--accum-freq", "3"]), ("many", 3, [])):
+        launch(ranks, tmp_path / name, *words.split(), str(few_scenes), *more)
+    plain = [*words.replace("random:0.5", "random:0.75").split(), str(few_scenes)]
+    launch(1, tmp_path / "other", *plain)
+    end = {
+        name: torch.load(tmp_path / name / "final_epoch.pt", weights_only=True)["state_dict"]
+        for name in ("one", "parts", "many", "other")
+    }
+    for name, tensor in end["one"].items():
+        torch.testing.assert_close(end["parts"][name], tensor, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(end["many"][name], tensor, rtol=0, atol=1e-5, msg=name)
+    far = end["other"]["visual.proj"] - end["one"]["visual.proj"]
+    assert far.abs().max() > 1e-4  # ten times what is let pass as rounding
