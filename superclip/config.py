@@ -226,6 +226,10 @@ class DataConfig:
     aug_scale: tuple[float, float] | None = None
     """Area range of the random training crop. Default 0.9 1.0 (open_clip's), none on scenes or with
     squash/pad."""
+    text_reduction: Literal["truncate", "random", "shuffle", "block", "syntax"] = "truncate"
+    """What training keeps of a caption longer than --context-length (CLIPA): its beginning, a
+    random part of the tokens in their order or shuffled, a window, or nouns, adjectives and verbs
+    first (syntax: needs a tagger or packed tags). Evaluation truncates."""
     workers: int = free(0)
     """Reader processes per rank; 0 reads in the training process."""
     reader_timeout: float = free(300.0)

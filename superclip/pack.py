@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ from superclip.progress import progress
 if TYPE_CHECKING:
     from superclip.data.batch import Record
     from superclip.data.coco import CocoFolder
+    from superclip.data.text_reduction import Tagger
 
 HELP = """Pack data for training.
 
@@ -53,6 +54,9 @@ class Coco:
     on_bad: Literal["error", "drop"] = "error"
     """What to do about captions and boxes without picture, missing picture files, and boxes that
     are NaN, negative, empty or outside: stop at the first, or leave them out and count them."""
+    tags: bool = False
+    """Write every caption's words with their parts of speech beside it, for --text-reduction
+    syntax."""
     overwrite: bool = False
     """Replace the shards that --out holds."""
 
@@ -106,6 +110,7 @@ def pack_coco(command: Coco) -> None:
     """
     from superclip.data.coco import CocoFolder, find_splits
     from superclip.data.shard_writer import write_manifest, write_shards
+    from superclip.data.text_reduction import find_tagger
 
     shares, out = _shares(command.split_by_hash), command.out.resolve()
     _refuse_occupied(out, command.overwrite)
@@ -119,11 +124,13 @@ def pack_coco(command: Coco) -> None:
         for cause, count in source.attrition.items():
             print(f"{source.name}: {count} {cause}")
 
+    tagger = find_tagger() if command.tags else None
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         partial, entries = Path(scratch) / "new", []
         partial.mkdir()
         for split, samples in _parts(sources, shares):
+            samples = samples if tagger is None else _tagged(samples, tagger)
             written = write_shards(samples, partial, split, command.per_shard)
             counts = [sum(entry[what] for entry in written) for what in ("pictures", "captions")]
             if not written:
@@ -166,6 +173,14 @@ def _samples(
     for source, row in progress(rows, name, unit="picture"):
         record = source.read(row)
         yield record, [source.caption_ids[caption] for caption in record.caption_rows]
+
+
+def _tagged(
+    samples: Iterator[tuple[Record, list[int]]], tagger: Tagger
+) -> Iterator[tuple[Record, list[int]]]:
+    """The same with tags."""
+    for record, ids in samples:
+        yield replace(record, tags=tuple(map(tagger, record.captions))), ids
 
 
 def _shares(text: str | None) -> tuple[str, dict[str, float]] | None:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     import torch
 
 
+Tagged = tuple[tuple[str, str], ...]
+"""Words of a text, each with its part of speech."""
+
+
 @dataclass(frozen=True)
 class Boxes:
     """Boxes of one picture in its own pixels.
@@ -43,6 +47,7 @@ class Record:
         caption_rows: contiguous rows of those captions in the manifest.
         boxes: the annotated objects.
         clutter: boxes of unannotated distractors (generated scenes only).
+        tags: of every caption its words with their Penn Treebank tags, where the data bring them.
     """
 
     row: int
@@ -54,6 +59,7 @@ class Record:
     caption_rows: tuple[int, ...]
     boxes: Boxes = field(default_factory=Boxes.none)
     clutter: Boxes = field(default_factory=Boxes.none)
+    tags: tuple[Tagged, ...] | None = None
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from superclip.data.batch import Batch, Record, Source
 from superclip.data.geometry import BadPicture, Geometry, plan, random_crop, render
 from superclip.data.order import Order, Purpose, draw
 from superclip.data.patience import Watch, begin_reader, start_readers
+from superclip.data.text_reduction import TextReduction
 from superclip.errors import UserError
 
 Tokenize = Callable[[str], np.ndarray]
@@ -72,6 +73,7 @@ def training_pair(
     tokenize: Tokenize,
     crop_scale: tuple[float, float],
     rng: Callable[[Purpose], np.random.Generator],
+    shorten: TextReduction | None = None,
 ) -> dict[str, Any]:
     """One caption and one augmented picture of a record, as `rng` draws them.
 
@@ -79,6 +81,10 @@ def training_pair(
         BadPicture: if the picture can't be decoded.
     """
     which = int(rng(Purpose.CAPTION).integers(len(record.captions)))
+    if shorten is None:
+        tokens = tokenize(record.captions[which])
+    else:
+        tokens = shorten(record, which, rng(Purpose.TEXT))
     if crop_scale == (1.0, 1.0):
         geometry = preprocess.geometry(record)
     else:
@@ -86,7 +92,7 @@ def training_pair(
         geometry = plan(record.width, record.height, preprocess.size, "crop", crop)
     return {
         "image": render(record.picture, geometry, fast=True),
-        "tokens": tokenize(record.captions[which]),
+        "tokens": tokens,
         "image_id": record.row,
         "caption_id": record.caption_rows[which],
     }
@@ -103,6 +109,7 @@ class TrainRows(Dataset[dict[str, Any]]):
         seed: of the run.
         crop_scale: area range of the random crop; (1, 1) draws none.
         num: only the first so many pictures may take the place of another (default: all).
+        shorten: makes the tokens of a training caption, in the place of `tokenize`.
     """
 
     watch: Watch | None = None
@@ -115,9 +122,11 @@ class TrainRows(Dataset[dict[str, Any]]):
         seed: int,
         crop_scale: tuple[float, float],
         num: int | None = None,
+        shorten: TextReduction | None = None,
     ):
         self.source, self.preprocess, self.tokenize = source, preprocess, tokenize
         self.seed, self.crop_scale, self.num = seed, crop_scale, num or source.num_images
+        self.shorten = shorten
 
     def __getitem__(self, index: DrawKey) -> dict[str, Any]:
         epoch, row, copy = index
@@ -145,6 +154,7 @@ class TrainRows(Dataset[dict[str, Any]]):
             self.tokenize,
             self.crop_scale,
             lambda purpose: draw(self.seed, epoch, row, purpose, copy),
+            self.shorten,
         )
         if self.watch:
             self.watch.note(-1)

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     CROP = 4
     SUBSTITUTE = 5
     SUBSET = 6
+    TEXT = 7
 
 
 def draw(seed: int, epoch: int, row: int, purpose: Purpose, copy: int = 0) -> np.random.Generator:

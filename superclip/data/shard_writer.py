@@ -109,6 +109,8 @@ def _sample(record: Record, caption_ids: Sequence[int]) -> dict[str, Any]:
         "caption_ids": list(caption_ids),
         "boxes": _written_boxes(record.boxes),
     }
+    if record.tags is not None:
+        facts["tags"] = record.tags
     if len(record.clutter.xywh):
         facts["clutter"] = _written_boxes(record.clutter)
     return {"__key__": record.key, extension: picture, "json": json.dumps(facts).encode()}

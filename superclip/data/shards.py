@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from superclip.data.batch import Boxes, Record
+from superclip.data.batch import Boxes, Record, Tagged
 from superclip.data.coco import HELD_OUT
 from superclip.data.geometry import BadPicture, picture_size
 from superclip.data.patience import WAITS, Patience
@@ -99,6 +99,7 @@ class _Facts:
     size: tuple[int, int] | None = None
     boxes: Boxes = field(default_factory=Boxes.none)
     clutter: Boxes = field(default_factory=Boxes.none)
+    tags: tuple[Tagged, ...] | None = None
 
 
 class Shards:
@@ -238,6 +239,7 @@ def make_record(
         caption_rows=tuple(range(first_caption, first_caption + len(facts.captions))),
         boxes=facts.boxes,
         clutter=facts.clutter,
+        tags=facts.tags,
     )
 
 
@@ -437,11 +439,21 @@ def _parse(document: bytes, text: bytes, where: str) -> _Facts:
             if not all(isinstance(c, str) and c.strip() for c in held["captions"]):
                 raise ValueError("a caption that is no text")
             boxes, clutter = (_read_boxes(held.get(name)) for name in ("boxes", "clutter"))
-            return _Facts(tuple(held["captions"]), size, boxes, clutter)
+            captions = tuple(held["captions"])
+            return _Facts(captions, size, boxes, clutter, _read_tags(held.get("tags"), captions))
         caption = plain or str(held.get("caption") or "")
         return _Facts((caption,) if caption.strip() else ())
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BrokenFacts(f"{where}: broken facts ({error}); pack this shard again") from None
+
+
+def _read_tags(held: Any, captions: tuple[str, ...]) -> tuple[Tagged, ...] | None:
+    if held is None:
+        return None
+    tags = tuple(tuple((str(word), str(tag)) for word, tag in caption) for caption in held)
+    if len(tags) != len(captions):
+        raise ValueError("tags of another number of captions")
+    return tags
 
 
 def _read_boxes(held: dict[str, Any] | None) -> Boxes:

@@ -23,6 +23,7 @@ from superclip.data.loader import Preprocess, Tokenize, cause_of, collate, train
 from superclip.data.order import draw
 from superclip.data.patience import Watch, begin_reader, start_readers
 from superclip.data.shards import PICTURE_PARTS, BrokenFacts, make_record
+from superclip.data.text_reduction import TextReduction
 from superclip.errors import UserError
 
 BUFFER = 1000
@@ -76,6 +77,7 @@ class _Steps(IterableDataset[tuple[Batch, Counter[str]]]):
     tokenize: Tokenize
     seed: int
     crop_scale: tuple[float, float]
+    shorten: TextReduction | None
     rows: int
     rank: int
     ranks: int
@@ -137,6 +139,7 @@ class _Steps(IterableDataset[tuple[Batch, Counter[str]]]):
                 self.tokenize,
                 self.crop_scale,
                 lambda purpose: draw(self.seed, 0, number, purpose),
+                self.shorten,
             )
         except BadPicture as error:
             causes.append(cause_of(error))
@@ -150,6 +153,7 @@ def stream_batches(
     tokenize: Tokenize,
     seed: int,
     crop_scale: tuple[float, float],
+    shorten: TextReduction | None,
     rows: int,
     rank: int,
     ranks: int,
@@ -165,7 +169,8 @@ def stream_batches(
         UserError: if no shard gives a sample, a reader hangs, or dies.
     """
     watch = Watch(workers, timeout, stream.urls.__getitem__)
-    steps = _Steps(stream, preprocess, tokenize, seed, crop_scale, rows, rank, ranks, start, watch)
+    how = preprocess, tokenize, seed, crop_scale, shorten
+    steps = _Steps(stream, *how, rows, rank, ranks, start, watch)
     loader: DataLoader[Any] = DataLoader(
         steps,
         batch_size=None,

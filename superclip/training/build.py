@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
+from open_clip import SimpleTokenizer
 
 from superclip.config import TrainConfig, to_dict
 from superclip.data.batch import Source
@@ -19,6 +19,7 @@ from superclip.data.scenes import caption_vocabulary
 from superclip.data.shards import is_stream
 from superclip.data.sources import held_out_spec, open_source, shard_weights
 from superclip.data.stream import Stream
+from superclip.data.text_reduction import TextReduction
 from superclip.errors import UserError, nearest
 from superclip.evaluation.encode import Encoder
 from superclip.loss_options import SuperClipOptions
@@ -88,7 +89,9 @@ def build_run(
     bpe = tokenizer(architecture)
     tokenize = tokenizer_for(bpe)
     vocabulary = architecture["text_cfg"].get("vocab_size", 49408)
-    head = _token_head(config, clip, architecture, vocabulary, source, order.num_rows, tokenize)
+    shorten = _text_reduction(config, bpe, source)
+    reads = tokenize, shorten
+    head = _token_head(config, clip, architecture, vocabulary, source, order.num_rows, *reads)
     _refuse_unmet(config, source)
     plan = _plan(config, order, world)
     context = LossContext(
@@ -150,6 +153,7 @@ def build_run(
             config.seed,
             data.crop_scale,
             data.train_num_samples,
+            shorten,
         ),
         preprocess,
         architecture,
@@ -258,6 +262,7 @@ def _token_head(
     source: Source | Stream,
     num: int,
     tokenize: Tokenize,
+    shorten: TextReduction | None,
 ) -> TokenHead | None:
     if "token_logits" not in LOSSES[config.loss].needs:
         return None
@@ -273,19 +278,50 @@ def _token_head(
     if options.head_vocab == "seen":
         if isinstance(source, Stream):
             raise UserError("--head-vocab seen: a stream's captions aren't known; use full")
-        ids = seen_ids(source, num, tokenize)
+        ids = seen_ids(source, num, tokenize, shorten)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return TokenHead(width, vocabulary, options.head_input, ids)
 
 
-def seen_ids(source: Source, num: int, tokenize: Tokenize) -> torch.Tensor:
-    """Sorted token ids that the captions of the first `num` pictures hold."""
-    closed = caption_vocabulary() if source.name == "scenes" else None
-    texts: Iterable[str] = (
-        closed if closed is not None else (c for r in range(num) for c in source.read(r).captions)
-    )
-    return torch.tensor(sorted({int(token) for text in texts for token in tokenize(text)}))
+def seen_ids(
+    source: Source, num: int, tokenize: Tokenize, shorten: TextReduction | None = None
+) -> torch.Tensor:
+    """Sorted token ids that training may meet in the captions of the first `num` pictures."""
+    if source.name == "scenes":
+        texts = caption_vocabulary()
+        return torch.tensor(sorted({int(token) for text in texts for token in tokenize(text)}))
+    seen: set[int] = set()
+    for record in (source.read(row) for row in range(num)):
+        for which, caption in enumerate(record.captions):
+            seen.update(tokenize(caption).tolist())
+            if shorten is not None:
+                seen.update(shorten.all_ids(record, which))
+    return torch.tensor(sorted(seen))
+
+
+def _text_reduction(
+    config: TrainConfig[Any], bpe: Any, source: Source | Stream
+) -> TextReduction | None:
+    """What shortens training captions.
+
+    Raises:
+        UserError: for a text tower with another tokenizer than CLIP's, or if syntax finds no tags.
+    """
+    kind = config.data.text_reduction
+    if kind == "truncate":
+        return None
+    if not isinstance(bpe, SimpleTokenizer):
+        raise UserError(
+            f"--text-reduction {kind} knows CLIP's own tokenizer, {config.model.name} has another; "
+            "use truncate"
+        )
+    ends = bpe.sot_token_id, bpe.eot_token_id
+    assert bpe.context_length is not None
+    shorten = TextReduction(kind, bpe.encode, *ends, bpe.context_length)
+    if not isinstance(source, Stream):
+        shorten.all_ids(source.read(0), 0)  # finds a tagger, or says that there is none
+    return shorten
 
 
 def _vocab_ids(head: TokenHead) -> torch.Tensor | None:

@@ -53,7 +53,7 @@ def batches(spec, workers=0, rank=0, ranks=1, start=0, total=6, rows=10):
         Stream(spec, 60),
         PREPROCESS,
         tokenize,
-        *(0, (1.0, 1.0), rows, rank, ranks, start, total, workers, False, 60.0),
+        *(0, (1.0, 1.0), None, rows, rank, ranks, start, total, workers, False, 60.0),
     )
 
 
@@ -167,7 +167,7 @@ def test_a_stream_that_hangs_is_named():
         Stream("pipe:sleep 9", 60),
         PREPROCESS,
         tokenize,
-        *(0, (1.0, 1.0), 10, 0, 1, 0, 6, 1, False, 2.0),
+        *(0, (1.0, 1.0), None, 10, 0, 1, 0, 6, 1, False, 2.0),
     )
     with pytest.raises(UserError, match=r"^reader 0 has been reading pipe:sleep 9 for \d+ s"):
         next(found)

@@ -165,8 +165,8 @@ print("equal", graphs)
 
 
 def test_compiled_and_checkpointed_towers_agree():
-    """One graph of the text tower and one a kind of mask, whatever the patches. Its own process: the tests' type checks
-    would be graph breaks."""
+    """One graph of the text tower and one a kind of mask, whatever the patches. Its own process:
+    the tests' type checks would be graph breaks."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
     assert done.stdout == "equal 4\n", done.stdout + done.stderr
 
