@@ -114,9 +114,16 @@ class ModelConfig:
     file."""
     pretrained: str | None = None
     """An open_clip tag (openai, laion2b_s34b_b79k, ...) or a local file of open_clip weights."""
+    init_from: Path | None = None
+    """A run (its folder or a checkpoint) whose weights this one begins with, at another resolution
+    or context length: position embeddings are interpolated. The token head comes along where its
+    columns are the same; optimizer, IDF counts and the loss's own numbers begin anew."""
     init_scale: float | None = None
-    """Initial scale of the logits (1 / temperature). Default: that of the loss's paper, or of
-    --pretrained."""
+    """Initial scale of the logits (1 / temperature). Default: that of the loss's paper, or of the
+    weights that the run begins with."""
+    image_positions: Literal["learnable", "frozen"] | None = None
+    """Whether the vision tower's position embeddings learn. Default: as the model says (sin-cos
+    ones are frozen)."""
     image_reduction: str | None = None
     """Fewer image tokens in training (CLIPA): resize:SIZE trains on smaller pictures; random:KEEP,
     grid:KEEP or block:KEEP keep a share of the patches (grid:0.25 one of each 2 x 2), drawn anew
@@ -153,6 +160,8 @@ class ModelConfig:
         at_least_one(self, "embed_dim", "image_size")
         if self.context_length is not None and self.context_length < 3:
             raise UserError(f"--context-length {self.context_length} must be at least 3")
+        if self.init_from is not None and self.pretrained is not None:
+            raise UserError("--init-from and --pretrained both say where to begin; leave one out")
         if self.image_reduction is not None:
             ImageReduction.parse(self.image_reduction)
         self._check_towers()
@@ -172,11 +181,16 @@ class ModelConfig:
                     flag = f"--{name.replace('_', '-')}"
                     raise UserError(f"{flag} goes with --image-tower and --text-tower")
             return
-        for name, default in (("model", ModelConfig.model), ("pretrained", None)):
+        for name, default in (
+            ("model", ModelConfig.model),
+            ("pretrained", None),
+            ("init_from", None),
+            ("image_positions", None),
+        ):
             if getattr(self, name) != default:
                 raise UserError(
-                    f"--{name} {getattr(self, name)} and --image-tower both say what the model "
-                    "is; leave one out"
+                    f"--{name.replace('_', '-')} {getattr(self, name)} goes with --model, not with "
+                    "--image-tower; leave one out"
                 )
         if self.reduction is not None:
             raise UserError("--image-reduction goes with --model; a tower has --image-size")
@@ -203,7 +217,7 @@ class ModelConfig:
     def from_scratch(self) -> bool:
         """Whether every weight is drawn at random at the start."""
         if self.image_tower is None:
-            return self.pretrained is None
+            return self.pretrained is None and self.init_from is None
         return self.image_weights == self.text_weights == "random"
 
 
@@ -240,8 +254,8 @@ class DataConfig:
     """Seed of the generated scenes."""
 
     def __post_init__(self) -> None:
-        if self.train_num_samples is not None and not 1 <= self.train_num_samples <= 10**9:
-            raise UserError(f"--train-num-samples {self.train_num_samples} must lie in 1..10^9")
+        if self.train_num_samples is not None and not 1 <= self.train_num_samples <= 10**10:
+            raise UserError(f"--train-num-samples {self.train_num_samples} must lie in 1..10^10")
         if self.val_data is not None and not self.val_data:
             raise UserError("--val-data is empty; name held-out data, or leave the flag out")
         if self.workers < 0:
@@ -398,6 +412,9 @@ class TrainConfig(Generic[Options]):
     """Minutes that a process waits for its peers before the run ends."""
     out: Path = free(Path("logs"))
     """Folder of this one run. The same command again resumes it."""
+    stage_two: str | None = free(None)
+    """A recipe or a TOML file with options of a second run, OUT/stage2, which begins with this
+    one's last weights; it inherits all but what made pictures, texts and training short here."""
     overwrite: bool = free(False)
     """Delete the run that stands in --out and start anew."""
     save_every: int | None = free(None)

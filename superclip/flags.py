@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from superclip.config import OptimConfig, TrainConfig, owner_of_keys, train_config
+from superclip.config import OptimConfig, TrainConfig, owner_of_keys, to_dict, train_config
 from superclip.errors import UserError, nearest
 from superclip.loss_options import LOSS_OPTIONS
 
@@ -216,6 +216,44 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
     description = TRAIN_HELP.format(recipes=len(recipes()), losses=", ".join(LOSS_OPTIONS))
     names = [*owner_of_keys(default.loss), "recipe", "config"]
     return parse(cls, argv, "python -m superclip.train", description, default, names)
+
+
+SHORT = (
+    "image_reduction",
+    "text_reduction",
+    "context_length",
+    "pretrained",
+    "init_from",
+    "init_scale",
+    "stage_two",
+)
+"""Options of a first stage that a second one does not inherit."""
+
+
+def second_stage(config: TrainConfig[Any]) -> TrainConfig[Any] | None:
+    """The run that `--stage-two` names, if any: in OUT/stage2 (a third one in OUT/stage3).
+
+    Raises:
+        UserError: if its options are no options.
+    """
+    named = config.stage_two
+    if not named:
+        return None
+    own = read_recipe(named) if named in recipes() else read_config_file(Path(named))
+    for key in ("init_from", "out"):
+        if key in own:
+            raise UserError(f"--stage-two {named}: {key} is where the first stage ends; leave it")
+    held = to_dict(config)
+    flat = {k: v for k, v in held.items() if not isinstance(v, dict)}
+    for section in ("options", "model", "data", "optim"):
+        flat |= held[section]
+    kept = {k: v for k, v in flat.items() if k not in SHORT}
+    flat = _for_loss(kept, own.get("loss", config.loss)) | own
+    number = re.fullmatch(r"stage(\d+)", config.out.name)
+    place = config.out.parent if number else config.out
+    flat["out"] = str(place / f"stage{int(number[1]) + 1 if number else 2}")
+    flat["init_from"] = str(config.out / "final_epoch.pt")
+    return train_config({k: v for k, v in flat.items() if v is not None}, f"--stage-two {named}")
 
 
 def _refuse_other_losses(argv: Sequence[str], loss: str) -> None:

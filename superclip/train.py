@@ -7,18 +7,23 @@ from typing import Any
 
 from superclip.config import TrainConfig
 from superclip.errors import check_writable, run_command
-from superclip.flags import command_line, parse_train
+from superclip.flags import command_line, parse_train, second_stage
 from superclip.training.preemption import StopRequest
 
 
 def main(argv: list[str]) -> None:
     """Parse, build, run."""
-    config = parse_train(argv)
+    stages = [parse_train(argv)]
+    while (following := second_stage(stages[-1])) is not None:  # a mistake there shows now
+        stages.append(following)
     with StopRequest() as stop:  # from here on, a request costs no more than one step
-        _train(config, stop)
+        for config in stages:
+            if not _train(config, stop):
+                break
 
 
-def _train(config: TrainConfig[Any], stop: StopRequest) -> None:
+def _train(config: TrainConfig[Any], stop: StopRequest) -> bool:
+    """Whether the run came to its end, now or earlier."""
     import torch
 
     from superclip.data.stream import Stream
@@ -37,7 +42,7 @@ def _train(config: TrainConfig[Any], stop: StopRequest) -> None:
         if world.on_main(lambda: claim_directory(config)):
             if world.is_main:
                 print(f"{config.out} holds this run, finished: {config.out}/final_epoch.pt")
-            return
+            return True
         run, state = build_run(config, world, command_line(), stop)
         resumed = resume(run, state)
         run = open_tracker(run, state)
@@ -76,6 +81,7 @@ def _train(config: TrainConfig[Any], stop: StopRequest) -> None:
                     f"{took}; resubmit to continue",
                     flush=True,
                 )
+        return finished
 
 
 if __name__ == "__main__":

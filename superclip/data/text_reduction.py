@@ -23,7 +23,8 @@ PRIORITY = {"NN": 1, "JJ": 2, "VB": 3}
 
 
 class TextReduction:
-    """A caption as `length` ids: start, at most `length` - 2 of its own, end, padding 0.
+    """A caption as `length` ids: those that begin a text, as many of its own as there is room for,
+    those that end it, padding.
 
     random: any of its tokens, every set as likely as another, in their order. shuffle: the same
     set in random order. block: a window, every place as likely as another. syntax: the words of
@@ -34,8 +35,9 @@ class TextReduction:
     Args:
         kind: the rule.
         encode: text -> all ids of its own.
-        start, end: ids.
+        start, end: ids around every text.
         length: ids of every text.
+        pad: id that fills up.
         tagger: for captions that bring no tags of their own.
     """
 
@@ -43,13 +45,15 @@ class TextReduction:
         self,
         kind: Kind,
         encode: Callable[[str], Sequence[int]],
-        start: int,
-        end: int,
+        start: Sequence[int],
+        end: Sequence[int],
         length: int,
+        pad: int = 0,
         tagger: Tagger | None = None,
     ):
         self.kind: Kind = kind
-        self.start, self.end, self.length = start, end, length
+        self.start, self.end, self.length, self.pad = [*start], [*end], length, pad
+        self.room = length - len(start) - len(end)
         self._encode, self._tagger = lru_cache(1 << 16)(encode), tagger
 
     def __call__(self, record: Record, which: int, rng: Generator) -> Int[np.ndarray, " l"]:
@@ -58,12 +62,11 @@ class TextReduction:
         Raises:
             UserError: if syntax needs a tagger and there is none.
         """
-        ids, room = np.asarray(self.all_ids(record, which), np.int64), self.length - 2
+        ids, room = np.asarray(self.all_ids(record, which), np.int64), self.room
         if len(ids) > room:
             ids = ids[self._kept(len(ids), room, rng)]
-        out = np.zeros(self.length, np.int64)
-        out[0], out[1 : 1 + len(ids)], out[1 + len(ids)] = self.start, ids, self.end
-        return out
+        whole = [*self.start, *ids, *self.end]
+        return np.array(whole + [self.pad] * (self.length - len(whole)), np.int64)
 
     def _kept(self, count: int, room: int, rng: Generator) -> slice | np.ndarray:
         if self.kind == "syntax":
@@ -84,7 +87,7 @@ class TextReduction:
         else:
             self._tagger = self._tagger or lru_cache(1 << 16)(find_tagger())
             tagged = self._tagger(caption)
-        return self._encode(" ".join(best_words(tagged, self.length - 2)))
+        return self._encode(" ".join(best_words(tagged, self.room)))
 
 
 def best_words(tagged: Tagged, count: int) -> list[str]:

@@ -4,6 +4,7 @@ nothing patched."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -202,6 +203,30 @@ def special_ids(tokenize: Any) -> tuple[int, ...]:
     return tuple(
         i for i in (inner.pad_token_id, inner.bos_token_id, inner.eos_token_id) if i is not None
     )
+
+
+def text_parts(
+    tokenize: Any,
+) -> tuple[Callable[[str], list[int]], list[int], list[int], int, int] | None:
+    """What a tokenizer makes a text of: ids of the text alone, ids that begin and end it, length,
+    padding; None for the tokenizer of `towers`."""
+    if isinstance(tokenize, open_clip.SimpleTokenizer):
+        assert tokenize.context_length is not None
+        ends = [tokenize.sot_token_id], [tokenize.eot_token_id]
+        return tokenize.encode, *ends, tokenize.context_length, 0
+    if not isinstance(tokenize, open_clip.tokenizer.HFTokenizer) or tokenize.tokenizer_mode:
+        return None
+    inner, mark = tokenize.tokenizer, -1
+    around = inner.build_inputs_with_special_tokens([mark])
+    if tokenize.strip_sep_token:  # its place stays, empty
+        around = [0 if token == inner.sep_token_id else token for token in around]
+    place = around.index(mark)
+
+    def encode(text: str) -> list[int]:
+        return inner.encode(tokenize.clean_fn(text), add_special_tokens=False)
+
+    length = tokenize.context_length or 77
+    return encode, around[:place], around[place + 1 :], length, inner.pad_token_id or 0
 
 
 def activation_name(visual: nn.Module) -> str:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor
 
 from superclip.config import TrainConfig, train_config
@@ -155,6 +156,50 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content["epoch"],
         facts,
     )
+
+
+def begin_with(
+    clip: Any, path: Path, config: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Load a run's last weights into a model of another resolution or context length.
+
+    Position embeddings alone change: the vision tower's by bicubic interpolation with antialias in
+    2-D, the class token's place as it is; the text tower's linearly (open_clip's functions, as
+    CLIPA's code has it). A table of the same size is taken as it is.
+
+    Args:
+        config: the model's configuration, for the message if it is another model's.
+
+    Returns:
+        `mean` and `std` of the pictures that the run saw, and the state of its token head.
+
+    Raises:
+        UserError: if the file is no checkpoint, or of another architecture.
+    """
+    path = newest_checkpoint(path) if path.is_dir() else path
+    content = read_tensors(path)
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise UserError(f"--init-from {path} is no checkpoint of this version (schema {SCHEMA})")
+    state, held = dict(content["state_dict"]), content["model_config"]
+    for part in ("vision_cfg", "text_cfg"):
+        own, other = ({**c[part]} for c in (config, held))
+        for size in ("image_size", "context_length", "tokenizer"):
+            own.pop(size, None)
+            other.pop(size, None)
+        if own != other:
+            odd = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
+            raise UserError(
+                f"--init-from {path} is of another architecture ({part}: {', '.join(odd)}); name "
+                f"its --model {content['config']['model']['model']}"
+            )
+    try:
+        resize_pos_embed(state, clip)
+        resize_text_pos_embed(state, clip)
+    except (AssertionError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--init-from {path}: positions can't be resized ({error})") from None
+    load_into(clip, state, path)
+    known = {name: content["preprocess"][name] for name in ("mean", "std")}
+    return known, content["token_head"]
 
 
 def open_checkpoint(path: Path, model: str | None = None) -> Checkpoint:

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any, cast
 
 import torch
-from open_clip import SimpleTokenizer
 
 from superclip.config import TrainConfig, to_dict
 from superclip.data.batch import Source
@@ -33,12 +32,13 @@ from superclip.model.factory import (
     preprocess_for,
     reduced,
     special_ids,
+    text_parts,
     tokenizer,
 )
 from superclip.model.grid import grid_width
 from superclip.model.masking import mask_patches
 from superclip.model.superclip import SuperCLIP, TokenHead
-from superclip.model.weights import state_sha256
+from superclip.model.weights import begin_with, state_sha256, token_head_from
 from superclip.ops.precision import concrete_precision
 from superclip.ops.reducer import GradientReducer
 from superclip.ops.world import World
@@ -81,7 +81,7 @@ def build_run(
         torch.use_deterministic_algorithms(True)
     data = config.data
     source, order = _training_data(config)
-    architecture, clip, tag = _initial_clip(config)
+    architecture, clip, tag, held_head = _initial_clip(config)
     reduction = config.model.reduction
     if reduction is not None and reduction.kind != "resize":
         mask_patches(clip, reduction, config.seed)
@@ -92,6 +92,8 @@ def build_run(
     shorten = _text_reduction(config, bpe, source)
     reads = tokenize, shorten
     head = _token_head(config, clip, architecture, vocabulary, source, order.num_rows, *reads)
+    if head is not None and held_head is not None:
+        _take_head(head, held_head, world)
     _refuse_unmet(config, source)
     plan = _plan(config, order, world)
     context = LossContext(
@@ -239,19 +241,44 @@ def _of_towers(config: TrainConfig[Any]) -> tuple[str, ...]:
     return () if config.model.image_tower is None else ("timm", "transformers", "tokenizers")
 
 
-def _initial_clip(config: TrainConfig[Any]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """Model configuration, model, and what is known of the pictures it was made for."""
+def _initial_clip(
+    config: TrainConfig[Any],
+) -> tuple[dict[str, Any], Any, dict[str, Any], dict[str, Any] | None]:
+    """Model configuration, model, what is known of the pictures it was made for, and the token head
+    of the run that it begins with."""
     options = config.model
     if options.image_tower is not None:
-        return adopt_towers(options, config.seed, config.init_scale)
+        return *adopt_towers(options, config.seed, config.init_scale), None
     architecture = reduced(model_config(options.model), options)
-    if options.pretrained is None:
-        return architecture, build_clip(architecture, config.seed, config.init_scale), {}
-    clip = build_clip(architecture, config.seed)
-    tag = load_pretrained(clip, options.model, architecture, options.pretrained)
-    if options.init_scale is not None:
-        torch.nn.init.constant_(clip.logit_scale, math.log(options.init_scale))
-    return architecture, clip, tag
+    known, head = {}, None
+    if options.from_scratch:
+        clip = build_clip(architecture, config.seed, config.init_scale)
+    else:
+        clip = build_clip(architecture, config.seed)
+        if options.pretrained is not None:
+            known = load_pretrained(clip, options.model, architecture, options.pretrained)
+        elif options.init_from is not None:
+            known, head = begin_with(clip, options.init_from, architecture)
+        if options.init_scale is not None:
+            torch.nn.init.constant_(clip.logit_scale, math.log(options.init_scale))
+    if options.image_positions is not None:
+        positions = getattr(clip.visual, "positional_embedding", None)
+        if positions is None:
+            raise UserError(f"--image-positions: {options.model} has no position embeddings")
+        positions.requires_grad_(options.image_positions == "learnable")
+    return architecture, clip, known, head
+
+
+def _take_head(head: TokenHead, held: dict[str, Any], world: World) -> None:
+    """The token head of the run that this one begins with, where it has the same columns."""
+    old = token_head_from(held)
+    assert old is not None
+    ids = [_vocab_ids(h) for h in (head, old)]
+    same = head.source == old.source and head.linear.weight.shape == old.linear.weight.shape
+    if same and all(a is b or (a is not None and b is not None and a.equal(b)) for a, b in [ids]):
+        head.load_state_dict(old.state_dict())
+    elif world.is_main:
+        print("the token head begins anew: its columns are others than before", flush=True)
 
 
 def _token_head(
@@ -311,14 +338,13 @@ def _text_reduction(
     kind = config.data.text_reduction
     if kind == "truncate":
         return None
-    if not isinstance(bpe, SimpleTokenizer):
+    parts = text_parts(bpe)
+    if parts is None:
         raise UserError(
-            f"--text-reduction {kind} knows CLIP's own tokenizer, {config.model.name} has another; "
-            "use truncate"
+            f"--text-reduction {kind} does not know the tokenizer of {config.model.name}; use "
+            "truncate"
         )
-    ends = bpe.sot_token_id, bpe.eot_token_id
-    assert bpe.context_length is not None
-    shorten = TextReduction(kind, bpe.encode, *ends, bpe.context_length)
+    shorten = TextReduction(kind, *parts)
     if not isinstance(source, Stream):
         shorten.all_ids(source.read(0), 0)  # finds a tagger, or says that there is none
     return shorten

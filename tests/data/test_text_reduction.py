@@ -20,7 +20,7 @@ from superclip.data.text_reduction import TextReduction, best_words, find_tagger
 from superclip.errors import UserError
 
 BPE = open_clip.SimpleTokenizer(context_length=8)
-ENDS = BPE.sot_token_id, BPE.eot_token_id
+ENDS = [BPE.sot_token_id], [BPE.eot_token_id]
 LEDGE = "An orange cat that is sitting on a ledge"
 TAGS = "DT JJ NN WDT VBZ VBG IN DT NN"
 HAND = [
@@ -94,11 +94,11 @@ def test_short_captions_stay_and_long_ones_fill_the_length(kind):
         shorten = TextReduction(kind, BPE.encode, *ENDS, 8)
         found = shorten(record_of(text), 0, np.random.default_rng(1))
         ids = BPE.encode(text)
-        assert found[0] == ENDS[0] and found.dtype == np.int64 and found.shape == (8,)
+        assert found[0] == BPE.sot_token_id and found.dtype == np.int64 and found.shape == (8,)
         if len(ids) <= 6:
             assert (found == naive_ids(text, 8)).all()
         else:
-            assert found[7] == ENDS[1] and {*found[1:7]} < {*ids} and len({*found}) == 8
+            assert found[7] == BPE.eot_token_id and {*found[1:7]} < {*ids} and len({*found}) == 8
 
 
 def test_every_set_order_and_window_is_as_likely_as_another():
