@@ -9,6 +9,7 @@ from superclip.model.superclip import SuperCLIP
 from superclip.training.state import Run
 
 DENSE_16_BIT_TFLOPS = {
+    "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
     "H100": 989,
