@@ -19,6 +19,7 @@ import tyro
 from benches.core import Bench, machine
 from benches.interp import AblateBench, SweepBench
 from benches.losses import CommBench, LossesBench
+from benches.masks import MasksBench
 from benches.memory import MemoryBench
 from benches.metrics import RetrievalBench, ScenesBench
 from benches.trainers import TOKEN_LOSS, FeaturesBench, LoaderBench, TrainBench
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> None:
         | Annotated[AblateBench, tyro.conf.subcommand("ablate")]
         | Annotated[TrainBench, tyro.conf.subcommand("train")]
         | Annotated[TrainBench, tyro.conf.subcommand("token-loss", default=TOKEN_LOSS)]
+        | Annotated[MasksBench, tyro.conf.subcommand("masks")]
         | Annotated[LossesBench, tyro.conf.subcommand("losses")]
         | Annotated[CommBench, tyro.conf.subcommand("comm")]
         | Annotated[MemoryBench, tyro.conf.subcommand("memory")]

@@ -37,6 +37,7 @@ LABELS = {
         "attribution / forward",
         "one head at a time",
     ],
+    "masks --model scenes-vit --batch-size 2 --keep 0.5": ["keep 0.5: share of the saving"],
     "retrieval --images 128 --share 2": ["rate of ranks / of the matrix product", "ranks"],
     "scenes --num 4": ["picture and graph", "with caption and boxes (Record)"],
 }

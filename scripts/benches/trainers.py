@@ -162,7 +162,7 @@ class Peer:
         self.epoch += 1
 
 
-def our_run(setup: Setup, loss: str) -> tuple[Run, TrainState]:
+def our_run(setup: Setup, loss: str, **model: Any) -> tuple[Run, TrainState]:
     """A run of the trainer that never comes to an epoch's end, where it would evaluate and save."""
     from superclip.config import train_config
     from superclip.ops.world import World, choose_device
@@ -171,7 +171,7 @@ def our_run(setup: Setup, loss: str) -> tuple[Run, TrainState]:
     values = {name: getattr(setup, name) for name in ("batch_size", "workers", "precision")}
     values |= {"train_data": setup.shards or "scenes", "val_data": "scenes"}
     values |= {"out": str(setup.folder / f"{loss}-{Path(setup.model).stem}"), "log_every": 1000}
-    config = train_config(values | {"loss": loss, "model": {"model": setup.model}})
+    config = train_config(values | {"loss": loss, "model": {"model": setup.model} | model})
     run, state = build_run(config, World(device=choose_device(setup.device)), [])
     state.model.train()
     plan = dataclasses.replace(run.plan, steps_per_epoch=1 << 40)
