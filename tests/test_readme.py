@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from superclip.compare import GridConfig
 from superclip.config import EvalConfig
+from superclip.cost import CostConfig
 from superclip.errors import UserError
 from superclip.flags import parse, parse_train
 
@@ -33,6 +34,8 @@ def test_flags_of_shown_commands_are_understood(line):
         parse(GridConfig, words[: words.index("--")], module, "")
     elif module == "superclip.evaluate":
         parse(EvalConfig, words, module, "")
+    elif module == "superclip.cost":
+        parse(CostConfig, words, module, "")
     elif module == "superclip.pack":
         importlib.import_module(module)._parse(words)
     else:
