@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from conftest import command, refused
 
-from superclip import compare
-from superclip.compare import Arm, Grid, GridConfig, lines, plot
+from superclip import study
+from superclip.compare import GridConfig, grid, lines, plot
 from superclip.errors import UserError
 from superclip.evaluation.measures import Mean, Measure, Result
+from superclip.study import Arm, Study
 
 
 def result(task, name, values):
@@ -28,11 +29,15 @@ def seed_of(rng, *shares):
     return [both, result("zeroshot", names[2], drawn[2])]
 
 
-class Landscape(Grid):
-    """A grid whose runs cost nothing: the recall is a function of the learning rate."""
+ARM = Arm("clip", ("--loss", "clip"))
+
+
+class Landscape(Study):
+    """A study whose runs cost nothing: the recall is a function of the learning rate."""
 
     def __init__(self, best, *words):
-        super().__init__(GridConfig(losses=("clip",), **dict(words)), [])
+        config = GridConfig(losses=("clip",), **dict(words))
+        super().__init__(config, config.out, [ARM], [], [])
         self.best, self.trained = best, []
 
     def train(self, runs):
@@ -54,26 +59,27 @@ class Landscape(Grid):
 )
 def test_a_search_goes_on_until_the_best_is_no_end(best, tried, capsys):
     grid = Landscape(best, ("tune", 3))
-    assert grid.rate(Arm("clip", "adamw")) == pytest.approx(best)
+    assert grid.rate(ARM) == pytest.approx(best)
     assert sorted(grid.trained) == pytest.approx(tried)
     assert f"chosen {best:g}" in capsys.readouterr().out
 
 
 def test_a_search_that_finds_no_end_says_so(capsys):
     grid = Landscape(1.0, ("tune", 3))
-    assert len(grid.trained) == 0 and grid.rate(Arm("clip", "adamw")) == pytest.approx(1.6e-2)
+    assert len(grid.trained) == 0 and grid.rate(ARM) == pytest.approx(1.6e-2)
     assert len(grid.trained) == 7 and "at the end of the range" in capsys.readouterr().out
 
 
 def test_holm_is_over_all_arms_and_the_average_over_seeds(tmp_path):
     rng = np.random.default_rng(0)
-    clip, alike, better = (Arm(name, "adamw") for name in ("clip", "siglip", "cyclip"))
+    clip = Arm("clip", ())
+    alike, better = (Arm(name, (), against="clip") for name in ("siglip", "cyclip"))
     found = {
         clip: [seed_of(rng, 0.5, 0.5, 0.5) for _ in range(6)],
         alike: [seed_of(rng, 0.5, 0.5, 0.5) for _ in range(6)],
         better: [seed_of(rng, 0.8, 0.8, 0.8) for _ in range(6)],
     }
-    rows = compare.tested(found, "clip", 500)
+    rows = study.tested(found, 500)
     assert [row["measure"] for row in rows] == ["TR@1", "IR@1", "top-1", "average"] * 2
     order = sorted(rows, key=lambda row: row["p"])
     assert order[0]["p_holm"] == pytest.approx(min(1, 8 * order[0]["p"]))
@@ -107,17 +113,18 @@ def test_holm_is_over_all_arms_and_the_average_over_seeds(tmp_path):
 )
 def test_what_a_run_would_refuse_is_refused_first(values, shared, told):
     with pytest.raises(UserError, match=told):
-        Grid(GridConfig(**values), shared)
+        grid(GridConfig(**values), shared)
 
 
 def test_runs_of_other_data_are_no_comparison(tmp_path):
-    grid = Grid(GridConfig(losses=("clip",)), [])
+    config = GridConfig(losses=("clip",))
+    runs = grid(config, [])
     facts = {"data_sha256": "a", "versions": {"torch": "2.8"}, "device": "cpu"}
-    grid.facts = {tmp_path / "a": facts, tmp_path / "b": facts | {"device": "cuda"}}
-    assert grid.unlike() == ["runs differ in device: cpu and cuda"]
-    grid.facts[tmp_path / "b"] = facts | {"data_sha256": "b"}
+    runs.facts = {tmp_path / "a": facts, tmp_path / "b": facts | {"device": "cuda"}}
+    assert runs.unlike() == ["runs differ in device: cpu and cuda"]
+    runs.facts[tmp_path / "b"] = facts | {"data_sha256": "b"}
     with pytest.raises(UserError, match=r"b was trained on other data than .*a:"):
-        grid.unlike()
+        runs.unlike()
 
 
 @pytest.mark.slow
