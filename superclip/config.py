@@ -73,7 +73,7 @@ class ImageReduction:
             value = float(number)
         except ValueError:
             value = math.nan
-        if kind == "resize" and not (value >= 1 and value == int(value)):
+        if kind == "resize" and not (1 <= value < 1e6 and value == int(value)):
             raise UserError(f"--image-reduction {text}: SIZE is a whole number of pixels")
         if kind != "resize" and not 0 < value < 1:
             raise UserError(f"--image-reduction {text}: KEEP is a share between 0 and 1")

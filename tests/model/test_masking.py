@@ -194,6 +194,7 @@ def test_smaller_pictures_and_shorter_texts_are_another_architecture():
         ("half:0.5", "write resize:SIZE"),
         ("resize:0.5", "whole number of pixels"),
         ("random:nan", "KEEP is a share"),
+        ("resize:inf", "whole number of pixels"),
     ],
 )
 def test_what_is_no_reduction(text, told):
