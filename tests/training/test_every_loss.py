@@ -148,7 +148,15 @@ def test_what_has_no_effect_or_no_sense_is_refused(values, told):
         train_config(values)
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
+LIKE_ANOTHER = "cc12m", "laion400m", "dfn192m", "-224", "-336", "bigg14", "b16-i50", "l16-i17"
+RECIPES = [
+    pytest.param(name, marks=pytest.mark.slow) if any(p in name for p in LIKE_ANOTHER) else name
+    for name in sorted(recipes())
+]
+"""Those that differ from another in numbers alone are tried with the slow tests."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_at_toy_size(name, tmp_path):
     """Its own options for two steps; data, model and sizes are of a toy."""
     values = read_recipe(name)
