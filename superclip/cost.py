@@ -18,8 +18,8 @@ DESCRIPTION = """What a run costs: tokens, operations and GPU hours.
   python -m superclip.cost --recipe clipa-h14-v2 --gpu a100 --gpus 64
 
 Counted are both towers, forward and backward, from the configuration (a multiplication and an
-addition are two; the loss, at most a few per cent, is left out). Hours assume --utilization of the
-GPU's peak; what a run really reaches, its log says (mfu)."""
+addition are two; the loss and a token head are left out). Hours assume --utilization of the GPU's
+peak; what a run really reaches, its log says."""
 
 PUBLISHED = [
     ("H/14, LAION-2B: 12.8 G at 84 px, 512 M at 224, 128 M at 336", 8640, 13_613, "79.1"),
@@ -43,7 +43,8 @@ class CostConfig:
     context_length: int | None = None
     """Tokens of a text. Default: the model's."""
     samples: float | None = None
-    """Pairs seen, over all passes (12.8e9). Default: the recipe's, else 1e9."""
+    """Pairs seen, over all passes (12.8e9). Default: the recipe's, else 1e9.
+    Of a recipe in stages, the first one's."""
     gpu: str = "h100"
     """a100, h100, h200, b200, l40s, v100, 4090, ... ('h100 pcie' in quotes)."""
     gpus: int = 8
@@ -60,8 +61,9 @@ class CostConfig:
             raise UserError(f"--utilization {self.utilization} must lie in (0, 1]")
         if self.samples is not None and not 1 <= self.samples < math.inf:
             raise UserError(f"--samples {self.samples} must be at least 1")
-        if self.recipe is not None and (self.image_reduction or self.context_length):
-            raise UserError("--recipe brings its own pictures and texts; leave the others out")
+        own = self.image_reduction or self.context_length or self.grad_checkpointing
+        if self.recipe is not None and (own or self.model != CostConfig.model):
+            raise UserError("--recipe brings its own model, pictures and texts; leave those out")
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def second_stage(config: TrainConfig[Any]) -> TrainConfig[Any] | None:
     place = config.out.parent if number else config.out
     flat["out"] = str(place / f"stage{int(number[1]) + 1 if number else 2}")
     flat["init_from"] = str(config.out / "final_epoch.pt")
-    return train_config({k: v for k, v in flat.items() if v is not None}, f"--stage-two {named}")
+    return train_config(flat, f"--stage-two {named}")
 
 
 def _refuse_other_losses(argv: Sequence[str], loss: str) -> None:

@@ -88,7 +88,7 @@ def test_hours_scale_as_they_must():
         ("--utilization 2", r"(0, 1]"),
         ("--model RN50", "vision transformers are counted"),
         ("--recipe openclip-cc3m", "vision transformers are counted"),
-        ("--recipe clipa-h14-v2 --context-length 8", "leave the others out"),
+        ("--recipe clipa-h14-v2 --context-length 8", "leave those out"),
         ("--recipe small-batch-clip --samples 1e6", "towers of other libraries"),
         ("--image-reduction resize:100", "don't tile"),
         ("--samples 0", "at least 1"),

@@ -117,6 +117,13 @@ def test_mistakes_of_the_second_stage_show_before_the_first(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_was_switched_off_stays_off(tmp_path):
+    (tmp_path / "two.toml").write_text("epochs = 1")
+    words = ["--grad-clip-norm", "None", "--stage-two", str(tmp_path / "two.toml")]
+    following = second_stage(parse_train(words))
+    assert following is not None and following.optim.grad_clip_norm is None
+
+
 def test_positions_freeze_and_thaw(tmp_path, few_scenes):
     """Sin-cos ones stay as made unless told to learn; learnable ones stay if frozen."""
     small = ["--train-num-samples", "24", "--batch-size", "12", "--threads", "1", "--loss", "clip"]
