@@ -204,6 +204,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """The measure against tokens and against operations; every seed a point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure((9.5, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -221,6 +222,9 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     axes[0].set_xlabel("image tokens, class token included")
     axes[1].set_xlabel("GFLOPs a pair, trained")
     axes[1].set_xscale("log")
+    axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].xaxis.set_minor_formatter("")
     axes[0].set_ylabel(f"{report['measure']}, %")
     axes[0].legend(frameon=False)
     figure.suptitle(f"equal samples seen; {report['seeds']} seed(s) an arm", fontsize=10)
