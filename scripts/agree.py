@@ -139,8 +139,8 @@ class Tools:
 
     def ours(self, task: str, **options: Any) -> dict[str, dict[str, Any]]:
         """The rows of `superclip.evaluate` by name."""
-        from superclip.config import EvalConfig
         from superclip.evaluate import evaluate
+        from superclip.evaluation.config import EvalConfig
 
         options |= {"tasks": (task,), "out": self.place / "ours.json", "overwrite": True}
         with contextlib.redirect_stdout(io.StringIO()):

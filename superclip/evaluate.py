@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from superclip.config import EvalConfig
 from superclip.errors import UserError, check_writable, replace_text, run_command
+from superclip.evaluation.config import EvalConfig
 
 if TYPE_CHECKING:
     from superclip.evaluation.measures import Result

@@ -124,7 +124,7 @@ def pack_coco(command: Coco) -> None:
         for cause, count in source.attrition.items():
             print(f"{source.name}: {count} {cause}")
 
-    tagger = find_tagger() if command.tags else None
+    tagged_by, tagger = find_tagger() if command.tags else (None, None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         partial, entries = Path(scratch) / "new", []
@@ -137,7 +137,7 @@ def pack_coco(command: Coco) -> None:
                 raise UserError(f"split {split!r} gets no picture; give it a larger share")
             print(f"{split}: {counts[0]} pictures, {counts[1]} captions, {len(written)} shards")
             entries += written
-        write_manifest(entries, partial)
+        write_manifest(entries, partial, tagged_by)
         if out.exists():
             out.rename(Path(scratch) / "old")
         partial.rename(out)

@@ -27,9 +27,9 @@ stage at full length, as the paper has it, by --stage-two there:
 class LawConfig(StudyConfig):
     """What `superclip.scaling_law` trains."""
 
-    models: tuple[str, ...] = ("scenes-vit-s", "scenes-vit", "scenes-vit-l")
+    models: tuple[str, ...] = ("scenes-vit-s", "scenes-vit-m", "scenes-vit")
     """Towers, from small to large: at least three to speak of a law."""
-    reductions: tuple[str, ...] = ("resize:64", "resize:48", "resize:32")
+    reductions: tuple[str, ...] = ("random:0.75", "random:0.5")
     """--image-reduction of the arms beside the one with all tokens, from many tokens to few."""
     measure: str = "average"
     """What is judged: average (of all that is measured), TR@1, IR@1, top-1."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from superclip.config import EvalConfig, Task, TrainConfig, is_scenes, to_dict
+from superclip.config import TrainConfig, is_scenes, to_dict
 from superclip.errors import UserError, replace_text
+from superclip.evaluation.config import EvalConfig, Task
 from superclip.flags import parse_train, second_stage
 from superclip.loss_options import at_least_one
 

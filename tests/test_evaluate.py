@@ -10,9 +10,9 @@ import torch
 from conftest import refused
 from PIL import Image
 
-from superclip.config import EvalConfig
 from superclip.errors import UserError
 from superclip.evaluate import compare_arms, evaluate
+from superclip.evaluation.config import EvalConfig
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from conftest import ROOT, refused
 from PIL import Image
 from safetensors import safe_open
 
-from superclip.config import EvalConfig
 from superclip.data.coco import CocoFolder
 from superclip.data.geometry import plan, render
 from superclip.errors import UserError
 from superclip.evaluate import evaluate
+from superclip.evaluation.config import EvalConfig
 from superclip.export import ExportConfig, export, main
 from superclip.model.factory import build_clip, model_config, tokenizer
 from superclip.model.weights import load_checkpoint

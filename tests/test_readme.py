@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 
 from superclip.compare import GridConfig
-from superclip.config import EvalConfig
 from superclip.cost import CostConfig
 from superclip.errors import UserError
+from superclip.evaluation.config import EvalConfig
 from superclip.flags import parse, parse_train
 
 README = (ROOT / "README.md").read_text()

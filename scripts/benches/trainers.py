@@ -183,7 +183,7 @@ def our_batches(run: Run, start: int, steps: int) -> Iterator[tuple[Batch, Count
     from superclip.data.loader import StepSampler, train_batches
     from superclip.training.loop import on_device
 
-    run.rows.tokenize.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
+    run.rows.make.tokenize.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
     device, data = run.world.device, run.config.data
     sampler = StepSampler(run.order, start, start + steps, run.plan.global_batch, 0, 1)
     pin, patience = device.type == "cuda", data.reader_timeout

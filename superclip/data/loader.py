@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from superclip.data.batch import Batch, Record, Source
+from superclip.data.colour import Colours
 from superclip.data.geometry import BadPicture, Geometry, plan, random_crop, render
 from superclip.data.order import Order, Purpose, draw
 from superclip.data.patience import Watch, begin_reader, start_readers
@@ -67,35 +68,49 @@ def tokenizer_for(tokenizer: Any) -> Tokenize:
     return tokenize
 
 
-def training_pair(
-    record: Record,
-    preprocess: Preprocess,
-    tokenize: Tokenize,
-    crop_scale: tuple[float, float],
-    rng: Callable[[Purpose], np.random.Generator],
-    shorten: TextReduction | None = None,
-) -> dict[str, Any]:
-    """One caption and one augmented picture of a record, as `rng` draws them.
+@dataclass(frozen=True)
+class PairMaker:
+    """What training makes of a record.
 
-    Raises:
-        BadPicture: if the picture can't be decoded.
+    Attributes:
+        preprocess: size and mode.
+        tokenize: of the model.
+        crop_scale: area range of the random crop; (1, 1) draws none.
+        shorten: makes the tokens of a training caption, in the place of `tokenize`.
+        colours: changes the picture's colours.
     """
-    which = int(rng(Purpose.CAPTION).integers(len(record.captions)))
-    if shorten is None:
-        tokens = tokenize(record.captions[which])
-    else:
-        tokens = shorten(record, which, rng(Purpose.TEXT))
-    if crop_scale == (1.0, 1.0):
-        geometry = preprocess.geometry(record)
-    else:
-        crop = random_crop(rng(Purpose.CROP), crop_scale)
-        geometry = plan(record.width, record.height, preprocess.size, "crop", crop)
-    return {
-        "image": render(record.picture, geometry, fast=True),
-        "tokens": tokens,
-        "image_id": record.row,
-        "caption_id": record.caption_rows[which],
-    }
+
+    preprocess: Preprocess
+    tokenize: Tokenize
+    crop_scale: tuple[float, float]
+    shorten: TextReduction | None = None
+    colours: Colours | None = None
+
+    def __call__(
+        self, record: Record, rng: Callable[[Purpose], np.random.Generator]
+    ) -> dict[str, Any]:
+        """One caption and one augmented picture, as `rng` draws them.
+
+        Raises:
+            BadPicture: if the picture can't be decoded.
+        """
+        which = int(rng(Purpose.CAPTION).integers(len(record.captions)))
+        if self.shorten is None:
+            tokens = self.tokenize(record.captions[which])
+        else:
+            tokens = self.shorten(record, which, rng(Purpose.TEXT))
+        if self.crop_scale == (1.0, 1.0):
+            geometry = self.preprocess.geometry(record)
+        else:
+            crop = random_crop(rng(Purpose.CROP), self.crop_scale)
+            geometry = plan(record.width, record.height, self.preprocess.size, "crop", crop)
+        image = render(record.picture, geometry, fast=True)
+        return {
+            "image": image if self.colours is None else self.colours(image, rng(Purpose.COLOUR)),
+            "tokens": tokens,
+            "image_id": record.row,
+            "caption_id": record.caption_rows[which],
+        }
 
 
 class TrainRows(Dataset[dict[str, Any]]):
@@ -104,29 +119,16 @@ class TrainRows(Dataset[dict[str, Any]]):
 
     Args:
         source: the pictures.
-        preprocess: size and mode.
-        tokenize: of the model.
+        make: a pair of a record.
         seed: of the run.
-        crop_scale: area range of the random crop; (1, 1) draws none.
         num: only the first so many pictures may take the place of another (default: all).
-        shorten: makes the tokens of a training caption, in the place of `tokenize`.
     """
 
     watch: Watch | None = None
 
-    def __init__(
-        self,
-        source: Source,
-        preprocess: Preprocess,
-        tokenize: Tokenize,
-        seed: int,
-        crop_scale: tuple[float, float],
-        num: int | None = None,
-        shorten: TextReduction | None = None,
-    ):
-        self.source, self.preprocess, self.tokenize = source, preprocess, tokenize
-        self.seed, self.crop_scale, self.num = seed, crop_scale, num or source.num_images
-        self.shorten = shorten
+    def __init__(self, source: Source, make: PairMaker, seed: int, num: int | None = None):
+        self.source, self.make, self.seed = source, make, seed
+        self.num = num or source.num_images
 
     def __getitem__(self, index: DrawKey) -> dict[str, Any]:
         epoch, row, copy = index
@@ -148,13 +150,8 @@ class TrainRows(Dataset[dict[str, Any]]):
     def _pair(self, epoch: int, row: int, copy: int) -> dict[str, Any]:
         if self.watch:
             self.watch.note(row)
-        pair = training_pair(
-            self.source.read(row),
-            self.preprocess,
-            self.tokenize,
-            self.crop_scale,
-            lambda purpose: draw(self.seed, epoch, row, purpose, copy),
-            self.shorten,
+        pair = self.make(
+            self.source.read(row), lambda purpose: draw(self.seed, epoch, row, purpose, copy)
         )
         if self.watch:
             self.watch.note(-1)

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     SUBSTITUTE = 5
     SUBSET = 6
     TEXT = 7
+    COLOUR = 8
 
 
 def draw(seed: int, epoch: int, row: int, purpose: Purpose, copy: int = 0) -> np.random.Generator:

@@ -63,14 +63,17 @@ def write_shards(
     return entries
 
 
-def write_manifest(entries: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write `manifest.json` of a packed set.
+def write_manifest(
+    entries: Sequence[dict[str, Any]], out: Path, tagged_by: str | None = None
+) -> None:
+    """Write `manifest.json` of a packed set; `tagged_by` names what tagged its captions.
 
     Raises:
         UserError: if a picture is in it twice.
     """
     refuse_twins([image["key"] for shard in entries for image in shard["images"]], str(out))
-    (out / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "shards": list(entries)}))
+    tags = {} if tagged_by is None else {"tagged_by": tagged_by}
+    (out / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "shards": list(entries)} | tags))
 
 
 def _sample(record: Record, caption_ids: Sequence[int]) -> dict[str, Any]:

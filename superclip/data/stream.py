@@ -19,11 +19,10 @@ from webdataset.tariterators import tarfile_samples
 
 from superclip.data.batch import Batch
 from superclip.data.geometry import BadPicture
-from superclip.data.loader import Preprocess, Tokenize, cause_of, collate, training_pair
+from superclip.data.loader import PairMaker, cause_of, collate
 from superclip.data.order import draw
 from superclip.data.patience import Watch, begin_reader, start_readers
 from superclip.data.shards import PICTURE_PARTS, BrokenFacts, make_record
-from superclip.data.text_reduction import TextReduction
 from superclip.errors import UserError
 
 BUFFER = 1000
@@ -73,11 +72,8 @@ class _Steps(IterableDataset[tuple[Batch, Counter[str]]]):
     """This rank's batches; reader w of W makes every W-th of them."""
 
     stream: Stream
-    preprocess: Preprocess
-    tokenize: Tokenize
+    make: PairMaker
     seed: int
-    crop_scale: tuple[float, float]
-    shorten: TextReduction | None
     rows: int
     rank: int
     ranks: int
@@ -133,14 +129,7 @@ class _Steps(IterableDataset[tuple[Batch, Counter[str]]]):
             record = make_record(number, key, picture, document, text, number, where)
             if not record.captions:
                 raise BrokenFacts(f"{where}: no caption")
-            pair = training_pair(
-                record,
-                self.preprocess,
-                self.tokenize,
-                self.crop_scale,
-                lambda purpose: draw(self.seed, 0, number, purpose),
-                self.shorten,
-            )
+            pair = self.make(record, lambda purpose: draw(self.seed, 0, number, purpose))
         except BadPicture as error:
             causes.append(cause_of(error))
             return None
@@ -149,11 +138,8 @@ class _Steps(IterableDataset[tuple[Batch, Counter[str]]]):
 
 def stream_batches(
     stream: Stream,
-    preprocess: Preprocess,
-    tokenize: Tokenize,
+    make: PairMaker,
     seed: int,
-    crop_scale: tuple[float, float],
-    shorten: TextReduction | None,
     rows: int,
     rank: int,
     ranks: int,
@@ -169,8 +155,7 @@ def stream_batches(
         UserError: if no shard gives a sample, a reader hangs, or dies.
     """
     watch = Watch(workers, timeout, stream.urls.__getitem__)
-    how = preprocess, tokenize, seed, crop_scale, shorten
-    steps = _Steps(stream, *how, rows, rank, ranks, start, watch)
+    steps = _Steps(stream, make, seed, rows, rank, ranks, start, watch)
     loader: DataLoader[Any] = DataLoader(
         steps,
         batch_size=None,

@@ -55,6 +55,7 @@ class TextReduction:
         self.start, self.end, self.length, self.pad = [*start], [*end], length, pad
         self.room = length - len(start) - len(end)
         self._encode, self._tagger = lru_cache(1 << 16)(encode), tagger
+        self.tagged_by = "tags of the data" if tagger is None else "the tagger given"
 
     def __call__(self, record: Record, which: int, rng: Generator) -> Int[np.ndarray, " l"]:
         """Ids of caption number `which`.
@@ -85,7 +86,9 @@ class TextReduction:
         if record.tags is not None:
             tagged = record.tags[which]
         else:
-            self._tagger = self._tagger or lru_cache(1 << 16)(find_tagger())
+            if self._tagger is None:
+                self.tagged_by, found = find_tagger()
+                self._tagger = lru_cache(1 << 16)(found)
             tagged = self._tagger(caption)
         return self._encode(" ".join(best_words(tagged, self.room)))
 
@@ -100,14 +103,14 @@ def best_words(tagged: Tagged, count: int) -> list[str]:
     return [tagged[k][0] for k in sorted(order[:count])]
 
 
-def find_tagger() -> Tagger:
-    """NLTK's tagger, if its data are there, else an English model of spaCy.
+def find_tagger() -> tuple[str, Tagger]:
+    """NLTK's tagger, if its data are there, else an English model of spaCy; and its name.
 
     Raises:
         UserError: if neither is installed; says how to get one.
     """
     for found in (_nltk, _spacy):
-        if tagger := found():
+        if (tagger := found()) is not None:
             return tagger
     raise UserError(
         "--text-reduction syntax finds no tagger of words: pip install nltk && python -m "
@@ -116,7 +119,7 @@ def find_tagger() -> Tagger:
     )
 
 
-def _nltk() -> Tagger | None:
+def _nltk() -> tuple[str, Tagger] | None:
     try:
         import nltk  # pyright: ignore[reportMissingImports]
 
@@ -126,10 +129,10 @@ def _nltk() -> Tagger | None:
         tag("a cat")
     except (ImportError, LookupError):  # the package, or its data
         return None
-    return tag
+    return f"nltk {nltk.__version__}", tag
 
 
-def _spacy() -> Tagger | None:
+def _spacy() -> tuple[str, Tagger] | None:
     try:
         import spacy  # pyright: ignore[reportMissingImports]
 
@@ -137,4 +140,5 @@ def _spacy() -> Tagger | None:
         model: Any = spacy.load(names[0], disable=["parser", "ner", "lemmatizer"])
     except (ImportError, IndexError, OSError):
         return None
-    return lambda text: tuple((str(t), t.tag_) for t in model(text) if not t.is_space)
+    tag = lambda text: tuple((str(t), t.tag_) for t in model(text) if not t.is_space)  # noqa: E731
+    return f"spacy {spacy.__version__}, {names[0]} {model.meta['version']}", tag

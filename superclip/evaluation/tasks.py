@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from superclip.config import EvalConfig, Task, is_scenes
+from superclip.config import is_scenes
 from superclip.data.checks import Checks, read_checks
 from superclip.data.labelled import LabelledSource, open_labelled
 from superclip.data.loader import tokenizer_for
@@ -21,6 +21,7 @@ from superclip.data.scenes import Scenes, retrieval_ceilings
 from superclip.data.sources import held_out_spec, open_source
 from superclip.errors import UserError
 from superclip.evaluation.compositional import compositional
+from superclip.evaluation.config import EvalConfig, Task
 from superclip.evaluation.encode import Encoder
 from superclip.evaluation.measures import Result
 from superclip.evaluation.probe import probe, refuse_unlike

@@ -18,7 +18,7 @@ from torch import nn
 from superclip.config import ModelConfig
 from superclip.data.loader import Preprocess
 from superclip.errors import UserError, nearest
-from superclip.model.towers import TextTokenizer, Towers, is_towers
+from superclip.model.towers import TextTokenizer, Towers, ends_of, is_towers
 
 
 def own_configs() -> dict[str, Path]:
@@ -209,24 +209,24 @@ def text_parts(
     tokenize: Any,
 ) -> tuple[Callable[[str], list[int]], list[int], list[int], int, int] | None:
     """What a tokenizer makes a text of: ids of the text alone, ids that begin and end it, length,
-    padding; None for the tokenizer of `towers`."""
+    padding; None for tokenizers with a mode of their own."""
+    if isinstance(tokenize, TextTokenizer):
+        return *tokenize.parts(), tokenize.length, tokenize.pad_id
     if isinstance(tokenize, open_clip.SimpleTokenizer):
         assert tokenize.context_length is not None
         ends = [tokenize.sot_token_id], [tokenize.eot_token_id]
         return tokenize.encode, *ends, tokenize.context_length, 0
     if not isinstance(tokenize, open_clip.tokenizer.HFTokenizer) or tokenize.tokenizer_mode:
         return None
-    inner, mark = tokenize.tokenizer, -1
-    around = inner.build_inputs_with_special_tokens([mark])
-    if tokenize.strip_sep_token:  # its place stays, empty
-        around = [0 if token == inner.sep_token_id else token for token in around]
-    place = around.index(mark)
+    inner = tokenize.tokenizer
 
     def encode(text: str) -> list[int]:
         return inner.encode(tokenize.clean_fn(text), add_special_tokens=False)
 
-    length = tokenize.context_length or 77
-    return encode, around[:place], around[place + 1 :], length, inner.pad_token_id or 0
+    start, end = ends_of(encode("a"), inner.encode("a"))
+    if tokenize.strip_sep_token:  # its place stays, empty
+        end = [0 if token == inner.sep_token_id else token for token in end]
+    return encode, start, end, tokenize.context_length or 77, inner.pad_token_id or 0
 
 
 def activation_name(visual: nn.Module) -> str:

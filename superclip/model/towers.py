@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,7 @@ class TextTokenizer:
     """
 
     def __init__(self, json: str, length: int, pad_id: int, special_ids: Sequence[int]):
+        self.length, self.pad_id = length, pad_id
         self.inner = Tokenizer.from_str(json)
         self.inner.enable_truncation(length)
         self.inner.enable_padding(length=length, pad_id=pad_id)
@@ -183,3 +184,24 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=False)
+
+    def parts(self) -> tuple[Callable[[str], list[int]], list[int], list[int]]:
+        """Ids of a text alone, uncut, and the ids that begin and end every text."""
+        plain = Tokenizer.from_str(self.inner.to_str())
+        plain.no_truncation()
+        plain.no_padding()
+
+        def encode(text: str) -> list[int]:
+            return plain.encode(text, add_special_tokens=False).ids
+
+        return encode, *ends_of(encode("a"), plain.encode("a").ids)
+
+
+def ends_of(own: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind a text.
+
+    >>> ends_of([5, 6], [1, 5, 6, 2])
+    ([1], [2])
+    """
+    place = next(k for k in range(len(whole)) if whole[k : k + len(own)] == own)
+    return whole[:place], whole[place + len(own) :]

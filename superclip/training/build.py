@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import torch
 
-from superclip.config import TrainConfig, to_dict
+from superclip.config import DataConfig, TrainConfig, to_dict
 from superclip.data.batch import Source
-from superclip.data.loader import Preprocess, Tokenize, TrainRows, limited, tokenizer_for
+from superclip.data.colour import Colours
+from superclip.data.loader import PairMaker, Preprocess, Tokenize, TrainRows, limited, tokenizer_for
 from superclip.data.order import Order
 from superclip.data.scenes import caption_vocabulary
 from superclip.data.shards import is_stream
@@ -124,6 +125,8 @@ def build_run(
         "device": _device_name(world.device),
         "compile": config.model.compile,
     }
+    if shorten is not None and shorten.kind == "syntax":
+        facts["tagger"] = shorten.tagged_by
     _refuse_disagreement(world, facts)
     unit = "raw_features" not in LOSSES[config.loss].needs
     model = SuperCLIP(clip, preprocess.mean, preprocess.std, head, unit).to(world.device)
@@ -150,12 +153,9 @@ def build_run(
         order,
         TrainRows(  # of a stream, whose rows nobody can read, it carries the parts alone
             cast(Source, source),
-            preprocess,
-            tokenize,
+            PairMaker(preprocess, tokenize, data.crop_scale, shorten, _colours(data)),
             config.seed,
-            data.crop_scale,
             data.train_num_samples,
-            shorten,
         ),
         preprocess,
         architecture,
@@ -177,6 +177,12 @@ def _training_data(config: TrainConfig[Any]) -> tuple[Source | Stream, Order]:
     source = open_source(data.train_data, num, data.data_seed)
     sizes = limited(source.shard_sizes, num, source.name)
     return source, Order(sizes, config.seed, weights=shard_weights(source, data.train_data_weights))
+
+
+def _colours(data: DataConfig) -> Colours | None:
+    if data.color_jitter is None and not data.gray_scale_prob:
+        return None
+    return Colours(data.color_jitter, data.color_jitter_prob, data.gray_scale_prob)
 
 
 def _plan(config: TrainConfig[Any], order: Order, world: World) -> Plan:

@@ -70,7 +70,7 @@ def remaining_batches(run: Run, state: TrainState) -> Iterator[tuple[Batch, Coun
     mine = plan.micro_batch * plan.accum_freq, world.rank, world.size
     reading = data.workers, world.device.type == "cuda", data.reader_timeout
     if isinstance(rows.source, Stream):
-        how = rows.preprocess, rows.tokenize, rows.seed, rows.crop_scale, rows.shorten
+        how = rows.make, rows.seed
         batches = stream_batches(rows.source, *how, *mine, state.step, plan.total_steps, *reading)
     else:
         sampler = StepSampler(run.order, state.step, plan.total_steps, *mine)

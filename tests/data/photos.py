@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from superclip.data.batch import Record
-from superclip.data.loader import Preprocess, StepSampler, TrainRows, train_batches
+from superclip.data.loader import PairMaker, Preprocess, StepSampler, TrainRows, train_batches
 from superclip.data.order import Order
 from superclip.data.shard_writer import write_shards
 from superclip.data.shards import Shards
@@ -49,7 +49,7 @@ def tokenize(text: str) -> np.ndarray:
 
 
 def training_rows(source) -> TrainRows:
-    return TrainRows(source, PREPROCESS, tokenize, 0, (1.0, 1.0))
+    return TrainRows(source, PairMaker(PREPROCESS, tokenize, (1.0, 1.0)), 0)
 
 
 def one_pass(source, workers: int, batch: int = 10, rank: int = 0, ranks: int = 1, timeout=60.0):

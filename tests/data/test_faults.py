@@ -102,7 +102,7 @@ def test_bytes_gone_bad_behind_an_unchanged_file_are_counted(tmp_path):
     found = {row: rows[(0, row, 0)]["causes"][0] for row in harmed}
     assert found == {2: "BrokenFacts", 5: "UnidentifiedImageError", 7: "BrokenFacts"}
     with pytest.raises(UserError, match=r"picture id0002 can't be read: .*id0002: broken facts"):
-        EvalRows(source, rows.preprocess)[2]
+        EvalRows(source, rows.make.preprocess)[2]
 
 
 def test_another_list_of_shards_is_other_data(tmp_path):

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 from superclip.data.batch import Record
+from superclip.data.colour import Colours
 from superclip.data.geometry import BadPicture
-from superclip.data.loader import Preprocess, StepSampler, TrainRows, limited, train_batches
-from superclip.data.order import Order
+from superclip.data.loader import (
+    PairMaker,
+    Preprocess,
+    StepSampler,
+    TrainRows,
+    limited,
+    train_batches,
+)
+from superclip.data.order import Order, Purpose, draw
 from superclip.data.scenes import Scenes
 from superclip.errors import UserError
 
@@ -42,7 +50,7 @@ def digest_of_steps(rows, order, ranks, workers, steps, epoch=1):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_global_batches_do_not_depend_on_ranks_and_workers(ranks, workers):
     source = Scenes("train", 60)
-    rows = TrainRows(source, PREPROCESS, tokenize, 3, (0.5, 1.0))
+    rows = TrainRows(source, PairMaker(PREPROCESS, tokenize, (0.5, 1.0)), 3)
     order = Order(source.shard_sizes, 3)
     expected = digest_of_steps(rows, order, 1, 0, 3)
     assert len(set(expected)) == 3
@@ -51,7 +59,7 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(ranks, workers):
 
 def test_a_run_can_be_entered_at_any_step():
     source = Scenes("train", 60)
-    rows = TrainRows(source, PREPROCESS, tokenize, 0, (1.0, 1.0))
+    rows = TrainRows(source, PairMaker(PREPROCESS, tokenize, (1.0, 1.0)), 0)
     order = Order(source.shard_sizes, 0)
     whole = [b for b, _ in train_batches(rows, StepSampler(order, 0, 12, 12, 0, 1), 0, False, 60)]
     rest = [b for b, _ in train_batches(rows, StepSampler(order, 3, 12, 12, 0, 1), 0, False, 60)]
@@ -61,7 +69,7 @@ def test_a_run_can_be_entered_at_any_step():
 
 
 def test_readers_live_as_long_as_the_run_and_read_ahead_across_epochs():
-    rows = Noted(Scenes("train", 24), PREPROCESS, tokenize, 0, (1.0, 1.0))
+    rows = Noted(Scenes("train", 24), PairMaker(PREPROCESS, tokenize, (1.0, 1.0)), 0)
     sampler = StepSampler(Order(rows.source.shard_sizes, 0), 0, 10, 12, 0, 1)
     readers = [set(b.image_ids.tolist()) for b, _ in train_batches(rows, sampler, 2, False, 60)]
     assert len(readers) == 10 and len(set.union(*readers)) == 2
@@ -75,7 +83,7 @@ class Noted(TrainRows):
 
 
 def test_copies_of_a_picture_differ_in_caption_and_crop():
-    rows = TrainRows(Captioned("train", 40), PREPROCESS, tokenize, 0, (0.3, 1.0))
+    rows = TrainRows(Captioned("train", 40), PairMaker(PREPROCESS, tokenize, (0.3, 1.0)), 0)
     pairs = [rows[(0, 3, copy)] for copy in range(6)]
     assert {p["image_id"] for p in pairs} == {3}
     assert len({p["image"].tobytes() for p in pairs}) == 6
@@ -108,7 +116,7 @@ class Damaged:
 
 
 def test_unreadable_picture_is_replaced_with_its_ids_and_counted():
-    rows = TrainRows(Damaged({5}), PREPROCESS, tokenize, 0, (1.0, 1.0))  # pyright: ignore
+    rows = TrainRows(Damaged({5}), PairMaker(PREPROCESS, tokenize, (1.0, 1.0)), 0)  # pyright: ignore
     pair = rows[(0, 5, 0)]
     assert pair["image_id"] != 5 and len(pair["causes"]) == 1
     other = rows[(0, pair["image_id"], 0)]
@@ -120,7 +128,7 @@ def test_unreadable_picture_is_replaced_with_its_ids_and_counted():
 
 
 def test_data_without_a_readable_picture_stops():
-    rows = TrainRows(Damaged(set(range(40))), PREPROCESS, tokenize, 0, (1.0, 1.0))  # pyright: ignore
+    rows = TrainRows(Damaged(set(range(40))), PairMaker(PREPROCESS, tokenize, (1.0, 1.0)), 0)  # pyright: ignore
     with pytest.raises(UserError, match="substitutes can't be read"):
         rows[(0, 5, 0)]
 
@@ -129,3 +137,40 @@ def test_limited_cuts_the_last_shard():
     assert limited((4, 4, 4), 6, "x") == (4, 2)
     with pytest.raises(UserError, match="only 12 pictures"):
         limited((4, 4, 4), 13, "x")
+
+
+def test_colours_change_as_torchvision_changes_them_and_are_counted_draws():
+    source, strength = Scenes("train", 60), (0.32, 0.32, 0.32, 0.08)
+    plain = TrainRows(source, PairMaker(PREPROCESS, tokenize, (1.0, 1.0)), 0)
+
+    def rows(*how):
+        make = PairMaker(PREPROCESS, tokenize, (1.0, 1.0), colours=Colours(*how))
+        return TrainRows(source, make, 0)
+
+    def changed(found):
+        pictures = [(plain[0, r, 0]["image"], found[0, r, 0]["image"]) for r in range(60)]
+        return pictures, sum((a != b).any() for a, b in pictures)
+
+    assert changed(rows(strength, 0.0, 0.0))[1] == 0
+    pictures, count = changed(rows(strength, 0.8, 0.0))
+    assert 38 <= count <= 58  # of 60, 48 expected, SD 3.1
+    again = rows(strength, 0.8, 0.0)
+    assert all((again[0, r, 0]["image"] == b).all() for r, (_, b) in enumerate(pictures))
+    grey, count = changed(rows(None, 0.8, 1.0))
+    assert count == 60 and all((b[0] == b[1]).all() and (b[0] == b[2]).all() for _, b in grey)
+    # One strength alone is the factor of one named change, drawn within its range.
+    bright, count = changed(rows((0.5, 0.0, 0.0, 0.0), 1.0, 0.0))
+    assert count >= 57
+    for row, (a, b) in enumerate(bright):
+        rng = draw(0, 0, row, Purpose.COLOUR)
+        rng.random(2), rng.permutation(4)
+        factor = 1 + 0.5 * rng.uniform(-1, 1, 4)[0]
+        assert np.abs(np.minimum(a * factor, 255.0) - b).max() <= 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_changed_colours_do_not_depend_on_ranks_and_workers(ranks):
+    source, colours = Scenes("train", 60), Colours((0.4, 0.4, 0.4, 0.1), 0.8, 0.2)
+    rows = TrainRows(source, PairMaker(PREPROCESS, tokenize, (1.0, 1.0), colours=colours), 3)
+    order = Order(source.shard_sizes, 3)
+    assert digest_of_steps(rows, order, ranks, 2, 3) == digest_of_steps(rows, order, 1, 0, 3)

@@ -13,6 +13,7 @@ import pytest
 from data.photos import PREPROCESS, assert_true_to_ids, jpeg, tokenize
 
 from superclip.data.batch import Batch
+from superclip.data.loader import PairMaker
 from superclip.data.shards import is_stream
 from superclip.data.sources import open_source
 from superclip.data.stream import Stream, stream_batches
@@ -51,9 +52,8 @@ def folder(tmp_path_factory):
 def batches(spec, workers=0, rank=0, ranks=1, start=0, total=6, rows=10):
     return stream_batches(
         Stream(spec, 60),
-        PREPROCESS,
-        tokenize,
-        *(0, (1.0, 1.0), None, rows, rank, ranks, start, total, workers, False, 60.0),
+        PairMaker(PREPROCESS, tokenize, (1.0, 1.0)),
+        *(0, rows, rank, ranks, start, total, workers, False, 60.0),
     )
 
 
@@ -165,9 +165,8 @@ def test_streams_are_known_and_need_a_length():
 def test_a_stream_that_hangs_is_named():
     found = stream_batches(
         Stream("pipe:sleep 9", 60),
-        PREPROCESS,
-        tokenize,
-        *(0, (1.0, 1.0), None, 10, 0, 1, 0, 6, 1, False, 2.0),
+        PairMaker(PREPROCESS, tokenize, (1.0, 1.0)),
+        *(0, 10, 0, 1, 0, 6, 1, False, 2.0),
     )
     with pytest.raises(UserError, match=r"^reader 0 has been reading pipe:sleep 9 for \d+ s"):
         next(found)

@@ -4,11 +4,13 @@ import itertools
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import open_clip
 import pytest
 from conftest import command, refused
+from reference.hf_towers import text_folder
 from scipy.stats import chisquare
 
 from superclip.data import text_reduction
@@ -18,6 +20,8 @@ from superclip.data.shard_writer import write_shards
 from superclip.data.shards import Shards
 from superclip.data.text_reduction import TextReduction, best_words, find_tagger
 from superclip.errors import UserError
+from superclip.model.factory import text_parts
+from superclip.model.towers import TextTokenizer
 
 BPE = open_clip.SimpleTokenizer(context_length=8)
 ENDS = [BPE.sot_token_id], [BPE.eot_token_id]
@@ -145,20 +149,50 @@ def test_nltk_is_used_where_its_data_are_and_spacy_else(no_taggers, monkeypatch)
             raise LookupError("no data")
         return [(word, "NN") for word in words]
 
-    nltk: ModuleType = SimpleNamespace(pos_tag=tag, word_tokenize=str.split)
+    nltk: ModuleType = SimpleNamespace(pos_tag=tag, word_tokenize=str.split, __version__="3")
     monkeypatch.setitem(sys.modules, "nltk", nltk)
-    assert find_tagger()("big dog") == (("big", "NN"), ("dog", "NN"))
+    name, tagger = find_tagger()
+    assert name == "nltk 3" and tagger("big dog") == (("big", "NN"), ("dog", "NN"))
 
     nltk.word_tokenize = lambda text: ["no"]
     token = type("Token", (), {"tag_": "VB", "is_space": False, "__str__": lambda self: "run"})
+
+    class Model:
+        meta: ClassVar = {"version": "1.0"}
+
+        def __call__(self, text):
+            return [token()] * len(text.split())
+
     spacy = SimpleNamespace(
         util=SimpleNamespace(get_installed_models=lambda: ["de_x", "en_core_web_sm"]),
-        load=lambda name, disable: lambda text: [token()] * len(text.split()) * (name[:2] == "en"),
+        load=lambda name, disable: Model() if name[:2] == "en" else None,
+        __version__="3.8",
     )
     monkeypatch.setitem(sys.modules, "spacy", spacy)
-    assert find_tagger()("run run") == (("run", "VB"), ("run", "VB"))
+    name, tagger = find_tagger()
+    assert name == "spacy 3.8, en_core_web_sm 1.0"
+    assert tagger("run run") == (("run", "VB"), ("run", "VB"))
     spacy.util.get_installed_models = lambda: ["de_x"]
     assert text_reduction._spacy() is None
+
+
+@pytest.mark.parametrize("kind", ["towers", "open_clip"])
+def test_parts_of_hugging_face_tokenizers_make_the_tokenizers_own_texts(kind, tmp_path):
+    """What is short enough comes out as the tokenizer itself writes it; what is too long is cut
+    where it cuts."""
+    folder = text_folder(tmp_path / "text")
+    if kind == "towers":
+        held = (folder / "tokenizer.json").read_text()
+        tokenizer = TextTokenizer(held, 8, pad_id=0, special_ids=(0, 2, 3))
+    else:
+        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=8)
+    parts = text_parts(tokenizer)
+    assert parts is not None
+    for kind_of_cut, text in (("block", "a red heart"), ("block", ""), ("syntax", "a red " * 9)):
+        tagger = lambda t: tuple((word, "NN") for word in t.split())  # noqa: E731
+        shorten = TextReduction(kind_of_cut, *parts, tagger=tagger)
+        found = shorten(record_of(text), 0, np.random.default_rng(0))
+        assert found.tolist() == tokenizer([text])[0].tolist()
 
 
 def test_training_shortens_and_evaluation_truncates(few_scenes, tmp_path):
