@@ -97,13 +97,32 @@ def collect(
     counts["trained_on"] = len(scorable) - len(wanted)
     _refuse_few(source, Counter(assign_split(keys[row]) for row in wanted), counts, trained_on)
     collector = _Collector(subject, config, device)
+    for pixels, found in usable_batches(
+        source, subject.preprocess, wanted, config.batch_size, counts, "sweep"
+    ):
+        collector.add(pixels, found)
+    names = [assign_split(r.key) for r in collector.records]
+    _refuse_few(source, Counter(names), counts, trained_on)
+    counts.update({name: names.count(name) for name in JUDGED})
+    return _results(collector, source, names, counts)
+
+
+def usable_batches(
+    source: Source,
+    preprocess: Preprocess,
+    rows: Sequence[int],
+    batch_size: int,
+    counts: Counter[str],
+    title: str,
+) -> Iterator[tuple[np.ndarray, list[Record]]]:
+    """`read_batches` without pictures that have no object after the crop, and without copies of
+    earlier ones; both are counted."""
     seen: set[bytes] = set()
-    steps = -(-len(wanted) // config.batch_size)
-    batches = read_batches(source, subject.preprocess, wanted, config.batch_size)
-    for pixels, records in progress(batches, "sweep", steps, unit="batch"):
+    batches = read_batches(source, preprocess, rows, batch_size)
+    for pixels, records in progress(batches, title, -(-len(rows) // batch_size), unit="batch"):
         fresh = []
         for position, (picture, record) in enumerate(zip(pixels, records)):
-            if not _has_target(record, subject.preprocess):
+            if not _has_target(record, preprocess):
                 counts["without_object"] += 1
             elif (mark := _picture_hash(picture)) in seen:
                 counts["near_duplicates"] += 1
@@ -111,11 +130,7 @@ def collect(
                 seen.add(mark)
                 fresh.append(position)
         if fresh:
-            collector.add(pixels[fresh], [records[i] for i in fresh])
-    names = [assign_split(r.key) for r in collector.records]
-    _refuse_few(source, Counter(names), counts, trained_on)
-    counts.update({name: names.count(name) for name in JUDGED})
-    return _results(collector, source, names, counts)
+            yield pixels[fresh], [records[i] for i in fresh]
 
 
 def _refuse_few(
@@ -218,17 +233,13 @@ def _results(
     subject, config, tower, records = found.subject, found.config, found.tower, found.records
     preprocess, grid = subject.preprocess, tower.cfg.grid
     ids = np.array([r.key for r in records])
-    on_grid = [_boxes_on_grid(r, preprocess, grid) for r in records]
+    on_grid = [boxes_on_grid(r, preprocess, grid) for r in records]
     coverage, valid, clutter, hits = (
         np.stack([b[k] for b in on_grid]).astype(np.float32) for k in range(4)
     )
     geometries = [preprocess.geometry(r) for r in records]
-    patch = preprocess.size / grid[0]
-    whole_patches = [tuple(round(edge / patch) for edge in g.valid) for g in geometries]
-    padding = whole_patches if preprocess.mode == "pad" else None
-    portrait = np.array([r.height > r.width for r in records])
-    area = metrics.area(coverage, valid)
-    stratum = strata_by_split(names, area, portrait, padding=padding)
+    alike = exchangeable(records, preprocess, grid, coverage, valid)
+    stratum = strata_by_split(names, *alike)
     counts["in_no_stratum"] = int((stratum < 0).sum())
     split = np.array([("discovery", "validation").index(n) for n in names], np.uint8)
     maps = found.array("maps")
@@ -354,7 +365,24 @@ def _has_target(record: Record, preprocess: Preprocess) -> bool:
     return bool(((kept >= MIN_KEPT) & ~record.boxes.crowd).any())
 
 
-def _boxes_on_grid(
+def exchangeable(
+    records: Sequence[Record],
+    preprocess: Preprocess,
+    grid: tuple[int, int],
+    coverage: np.ndarray,
+    valid: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, int, list[tuple[int, ...]] | None]:
+    """What `strata` are made of: object area, orientation, fewest pictures, and the padding in
+    whole patches where pictures are padded."""
+    patch, padding = preprocess.size / grid[0], None
+    if preprocess.mode == "pad":
+        edges = [preprocess.geometry(r).valid for r in records]
+        padding = [tuple(round(edge / patch) for edge in valid) for valid in edges]
+    portrait = np.array([r.height > r.width for r in records])
+    return metrics.area(coverage, valid), portrait, 10, padding
+
+
+def boxes_on_grid(
     record: Record, preprocess: Preprocess, grid: tuple[int, int]
 ) -> tuple[np.ndarray, ...]:
     """Coverage, valid, clutter coverage and pointing hits of one picture."""

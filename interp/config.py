@@ -280,6 +280,44 @@ class CompareConfig(OfSweep):
 
 
 @dataclass(frozen=True)
+class HypothesisConfig:
+    """What `interp.hypothesis` decides."""
+
+    file: Positional[Path | None] = None
+    """The claim, a TOML file as those in research/hypotheses."""
+    ckpt: tuple[Path, ...] = ()
+    """Checkpoints of superclip.train: one, or one a seed of the same recipe (for sensitivity, one a
+    seed and learning rate)."""
+    against: tuple[Path, ...] | None = None
+    """The second side of a claim that compares two recipes."""
+    exploratory: bool = False
+    """The claim was made, or changed, after a look at the answer; the result says so."""
+    out: Path | None = None
+    """The result. Default: hypothesis-NAME.json beside the first checkpoint."""
+    draws: int = 9999
+    """Bootstrap draws."""
+    batch_size: int = 64
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
+
+    def __post_init__(self) -> None:
+        if self.file is None:
+            raise UserError("name a hypothesis file, as research/hypotheses/early_grounding.toml")
+        if not self.ckpt:
+            raise UserError("--ckpt: name a checkpoint, or one a seed")
+        for name, least in (("draws", 99), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+        for path in (*self.ckpt, *(self.against or ())):
+            if not path.is_file():
+                raise UserError(f"{path} is no file; name a checkpoint")
+
+    @property
+    def sides(self) -> tuple[tuple[Path, ...], ...]:
+        return (self.ckpt,) if self.against is None else (self.ckpt, self.against)
+
+
+@dataclass(frozen=True)
 class AnimateConfig:
     """What `interp.animate` draws."""
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp.collect import Subject
 from superclip.config import DataConfig, is_scenes
 from superclip.data.batch import Source
 from superclip.data.sources import held_out_spec, open_source
 from superclip.errors import UserError
+
+if TYPE_CHECKING:
+    from superclip.model.weights import Checkpoint
 
 SCENES_LOOKED_AT = 1000
 
@@ -32,6 +35,12 @@ def open_subject(
             raise UserError(f"{ckpt} brings its own configuration; leave --model out")
         return _plain_weights(model, pretrained, ckpt), None
     found = load_checkpoint(ckpt or newest_checkpoint(Path("logs")))
+    assert found.config is not None
+    return subject_of(found), found.config.data
+
+
+def subject_of(found: Checkpoint) -> Subject:
+    """A checkpoint of this project."""
     config = found.config
     assert config is not None
     scratch = config.model.from_scratch
@@ -45,7 +54,7 @@ def open_subject(
         "trained_on": found.facts["data_name"],
         "commit": found.facts["commit"],
     }
-    subject = Subject(
+    return Subject(
         found.model,
         found.model_config,
         found.preprocess,
@@ -54,7 +63,6 @@ def open_subject(
         config.seed,
         config.model.init_scale,
     )
-    return subject, config.data
 
 
 def _plain_weights(model: str, pretrained: str | None, path: Path | None) -> Subject:

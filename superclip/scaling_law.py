@@ -31,6 +31,9 @@ class LawConfig(StudyConfig):
     """Towers, from small to large: at least three to speak of a law."""
     reductions: tuple[str, ...] = ("random:0.75", "random:0.5")
     """--image-reduction of the arms beside the one with all tokens, from many tokens to few."""
+    tune_lengths: bool = True
+    """--no-tune-lengths: search a model's rate with all tokens and keep it for its shorter lengths,
+    as CLIPA's recipes do."""
     measure: str = "average"
     """What is judged: average (of all that is measured), TR@1, IR@1, top-1."""
     out: Path = Path("logs/law")
@@ -43,6 +46,8 @@ class LawConfig(StudyConfig):
             object.__setattr__(self, name, tuple(given))
             if len(dict.fromkeys(given)) < len(given) or not given:
                 raise UserError(f"--{name} {' '.join(given)}: name each once, and at least one")
+        if not self.tune_lengths and not self.tune:
+            raise UserError("--no-tune-lengths goes with --tune N")
         for text in self.reductions:
             ImageReduction.parse(text)
 
@@ -72,7 +77,12 @@ def main(argv: list[str]) -> None:
     points = family(config)
     own = "--model", "--image-reduction"
     study = Study(config, config.out, [point.arm for point in points], argv[end + 1 :], own)
-    rates = {arm: study.rate(arm) for arm in study.arms}
+    rates: dict[Arm, float | None] = {}
+    whole: dict[str, float | None] = {}
+    for point in points:
+        if point.arm.against is None or config.tune_lengths:
+            whole[point.model] = study.rate(point.arm)
+        rates[point.arm] = whole[point.model]
     report = judged(study.compared(rates), points, config)
     print("\n".join(lines(report)))
     replace_text(config.out / "law.json", json.dumps(report, indent=1) + "\n")
@@ -179,6 +189,8 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     for arm, search in report["searches"].items():
         if search["at_end"]:
             told.append(f"{arm}: the best rate lies at the end of its search")
+    if report["tuned_on"] and len(report["searches"]) < len(report["points"]):
+        told.append("rates searched with all tokens, model by model, and kept for fewer")
     if report["tuned_on"] is None:
         told.append("learning rates were not tuned (--tune N): sizes and lengths want their own")
     return told

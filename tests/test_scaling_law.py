@@ -89,6 +89,7 @@ def test_the_null_is_rarely_rejected(monkeypatch):
         ({"reductions": ("resize:40",)}, "don't tile"),
         ({"reductions": ("some",)}, "write resize:SIZE"),
         ({"models": ("scenes-vit", "scenes-vit")}, "name each once"),
+        ({"tune_lengths": False}, "goes with --tune N"),
         ({"models": ("RN50",)}, "vision transformers are counted"),
     ],
 )

@@ -123,7 +123,7 @@ def sweep_parts(
     def boxes() -> list[tuple[np.ndarray, ...]]:
         for record in records:
             collect._categories_on_grid(record, preprocess, grid)
-        return [collect._boxes_on_grid(record, preprocess, grid) for record in records]
+        return [collect.boxes_on_grid(record, preprocess, grid) for record in records]
 
     repeated = np.arange(together) % batch_size
     coverage, valid, _, hits = (np.stack(part).astype(np.float32) for part in zip(*boxes()))

@@ -1,0 +1,349 @@
+"""Claims written down beforehand: how files are read, how intervals decide, what is measured on
+confirm pictures, and that a claim changed after its answer is told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, refused
+
+from interp.causal.ablation import ablate, contrastive_margin
+from interp.causal.units import mean_activations
+from interp.config import HypothesisConfig, OfSweep
+from interp.confirm import (
+    MEASURES,
+    Grounding,
+    OfMeans,
+    Wanted,
+    _reached,
+    depth,
+    layers_of,
+    open_confirm,
+)
+from interp.heads import Head
+from interp.hypothesis import SEEDS, compared, decide_one, main, read_hypothesis
+from interp.results import SweepResults
+from interp.stats.splits import assign_split
+from interp.sweep import main as sweep
+from interp.swept import open_swept
+from superclip.errors import UserError
+from superclip.evaluation.measures import Mean, Measure
+from superclip.model.weights import load_checkpoint
+
+SHIPPED = sorted((ROOT / "research" / "hypotheses").glob("*.toml"))
+LATE = ROOT / "research" / "hypotheses" / "late_crystallisation.toml"
+PLAIN = """schema = 1
+claim = "c"
+why = "w"
+measure = "excess"
+test = "above"
+margin = 0.05
+"""
+
+
+def written(tmp_path, text=PLAIN, name="claim.toml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_shipped_claims_can_be_read():
+    claims = {path.stem: read_hypothesis(path) for path in SHIPPED}
+    assert len(claims) == 7 and {c.wanted.measure for c in claims.values()} == {*MEASURES}
+    two = {name for name, claim in claims.items() if len(claim.losses) == 2}
+    assert two == {
+        "earlier_in_depth",
+        "earlier_in_training",
+        "binding",
+        "learning_rate_sensitivity",
+    }
+    assert all(claims[name].losses == ("superclip", "clip") for name in two)
+
+
+@pytest.mark.parametrize(
+    "test,margin,band,told",
+    [
+        ("above", 0.05, (0.06, 0.2), "supported"),
+        ("above", 0.05, (-0.1, 0.04), "refuted"),
+        ("above", 0.05, (0.01, 0.04), "refuted"),  # above 0, and too small to matter
+        ("above", 0.05, (0.04, 0.06), "not decided"),
+        ("below", -1.0, (-3, -1.1), "supported"),
+        ("below", -1.0, (-0.9, 3), "refuted"),
+        ("below", 0.0, (-1, 1), "not decided"),
+        ("within", 0.1, (-0.09, 0.05), "supported"),
+        ("within", 0.1, (0.11, 0.3), "refuted"),
+        ("within", 0.1, (-0.3, -0.11), "refuted"),
+        ("within", 0.1, (-0.2, 0.05), "not decided"),
+    ],
+)
+def test_where_the_interval_lies_decides(test, margin, band, told, tmp_path):
+    text = PLAIN.replace('"above"', f'"{test}"').replace("0.05", str(margin))
+    assert read_hypothesis(written(tmp_path, text)).decide(*band) == told
+
+
+@pytest.mark.parametrize(
+    "old,new,told",
+    [
+        ("schema = 1", "schema = 2", "this version reads schema 1"),
+        ("schema = 1", "", "schema None"),
+        ('claim = "c"', 'claim = ""', "claim must be given"),
+        ('why = "w"', "", "why must be given, as str"),
+        ('"excess"', '"exces"', "did you mean 'excess'"),
+        ('"above"', '"over"', "test 'over' is none of above"),
+        ("0.05", '"much"', "margin must be given, as float"),
+        ("0.05", "nan", "must be finite"),
+        ('"above"', '"within"', None),
+        ("margin", 'heads = "middle"\nmargin', "heads 'middle' is none of all, first half"),
+        ("margin", "share = 0.5\nmargin", "'share' is nothing that excess reads"),
+        ("margin", "pictures = 3\nmargin", "must lie in 200"),
+        ("margin", 'first = "clp"\nmargin', "first 'clp' is none of"),
+        ("margin", 'second = "clip"\nfirst = 3\nmargin', "first must be given, as str"),
+        ("margin", "= 3\nmargin", "is no hypothesis file"),
+    ],
+)
+def test_files_that_state_no_claim(old, new, told, tmp_path):
+    path = written(tmp_path, PLAIN.replace(old, new))
+    if told is None:
+        assert read_hypothesis(path).rule == "excess within -0.05 .. 0.05 excess"
+        return
+    with pytest.raises(UserError, match=told):
+        read_hypothesis(path)
+
+
+def test_layers_have_names():
+    assert layers_of("first half", 4).tolist() == [True, True, False, False]
+    assert layers_of("second half", 4).tolist() == [False, False, True, True]
+    assert layers_of("last", 4).tolist() == [False, False, False, True]
+    assert layers_of("all but the last", 4).sum() == 3 and layers_of("all", 4).all()
+
+
+def test_a_function_of_means_is_that_of_the_weighted_pictures():
+    rng = np.random.default_rng(0)
+    values, weights = rng.standard_normal((5, 3)), rng.multinomial(5, [0.2] * 5, 4).astype(float)
+    found = OfMeans(values, lambda m: m[..., 0] * m[..., 2])(weights)
+    for drawn, value in zip(weights.astype(int), found):
+        means = np.repeat(values, drawn, axis=0).mean(0)
+        assert value == pytest.approx(means[0] * means[2])
+
+
+def test_depth_is_the_centre_of_what_layers_ground():
+    class One:
+        grounding = Grounding(np.zeros((2, 4, 1)), [])
+
+    One.grounding.values[:] = np.array([0.1, 0.3, -0.2, 0.0])[:, None]
+    statistic, _ = depth([One()])  # pyright: ignore[reportArgumentType]
+    assert statistic.value == pytest.approx((0.1 * 0.25 + 0.3 * 0.5) / 0.4)
+
+
+@pytest.mark.parametrize(
+    "curve,reached",
+    [
+        ((0.1, 0.2, 0.4), 200.0),  # half of .4 at the second checkpoint
+        ((0.1, 0.3, 0.4), 150.0),  # half-way between .1 and .3
+        ((0.4, 0.4, 0.4), 50.0),  # half-way from 0 at step 0 to .4 at step 100
+        ((0.3, 0.1, 0.4), 200 + 100 / 3),  # what does not hold does not count
+        ((0.1, 0.2, -0.1), 300.0),  # never
+    ],
+)
+def test_onset_by_hand(curve, reached):
+    found = _reached(np.array([0.0, 100, 200, 300]), 0.5)(np.array([curve]))
+    assert found == pytest.approx([reached])
+
+
+def measures(values):
+    """A model a row, a picture a column."""
+    n = values.shape[1]
+    return [Measure("m", Mean(row, np.arange(n), n), 0.0, percent=False) for row in values]
+
+
+def test_one_side_has_seeds_and_pictures_in_its_interval(tmp_path):
+    """As the mean of a two-way layout: with equal seeds the pictures' part alone is left."""
+    claim, rng = read_hypothesis(written(tmp_path)), np.random.default_rng(0)
+    pictures = rng.standard_normal(400)
+    same = compared([measures(np.stack([pictures] * 6))], claim, 999, False)
+    one = compared([measures(pictures[None])], claim, 999, False)
+    assert same.value == pytest.approx(one.value) == pytest.approx(pictures.mean())
+    assert same.high - same.low == pytest.approx(one.high - one.low, rel=0.1)
+    seeds = compared([measures(pictures + rng.standard_normal((6, 1)))], claim, 999, False)
+    assert seeds.high - seeds.low > 5 * (one.high - one.low)
+
+
+def test_the_null_is_seldom_called_supported(tmp_path):
+    """Two sides of six seeds without any difference, with spread over seeds and pictures."""
+    claim = read_hypothesis(written(tmp_path, PLAIN.replace("0.05", "0.0")))
+    rng, wrong = np.random.default_rng(1), 0
+    for _ in range(200):
+        shared = rng.standard_normal(60)
+        sides = [
+            measures(
+                shared + 0.3 * rng.standard_normal((6, 1)) + 0.5 * rng.standard_normal((6, 60))
+            )
+            for _ in range(2)
+        ]
+        found = compared(sides, claim, 199, True)
+        wrong += claim.decide(found.low, found.high) == "supported"
+    assert wrong <= 12  # 2.5 % of 200 on one side: 5 expected, SD 2.2
+
+
+@pytest.fixture(scope="module")
+def swept_run(tiny_run, tmp_path_factory) -> Path:
+    """The final checkpoint of a tiny run, swept; 400 confirm pictures or so are left."""
+    folder = tmp_path_factory.mktemp("claims") / "run"
+    shutil.copytree(tiny_run, folder)
+    ckpt = folder / "final_epoch.pt"
+    sweep(["--ckpt", str(ckpt), "--num", "300", "--untrained", "2", "--draws", "99"])
+    return ckpt
+
+
+def confirm_of(ckpt, **wanted):
+    config = HypothesisConfig(LATE, (ckpt,), draws=99)
+    return open_confirm(load_checkpoint(ckpt), Wanted("excess", **wanted), config)
+
+
+def test_confirm_pictures_are_those_that_no_sweep_scored(swept_run):
+    asked = confirm_of(swept_run, pictures=600)
+    ids = [asked.source.keys[row] for row in asked.rows]
+    assert ids == [key for key in asked.source.keys[:600] if assign_split(key) == "confirm"]
+    assert 80 < len(ids) < 160
+    assert not {*ids} & {*SweepResults.load(swept_run.parent / "sweep").image_ids.tolist()}
+    assert {*asked.grounding.ids} <= {*ids}
+    with pytest.raises(UserError, match=r"\d+ confirm pictures; 40 are needed"):
+        confirm_of(swept_run, pictures=100)
+
+
+def test_excess_is_of_the_heads_that_discovery_chose(swept_run):
+    asked = confirm_of(swept_run, pictures=600, heads="last", minus="first half")
+    results = SweepResults.load(swept_run.parent / "sweep")
+    mean = results.metrics["excess"][results.rows("discovery")].mean(0)
+    last, early = int(mean[3].argmax()), divmod(int(mean[:2].argmax()), 4)
+    statistic, told = MEASURES["excess"].of([asked])
+    values = asked.grounding.values.mean(0)
+    assert told == f"L3H{last} - {Head(*early)}"
+    assert statistic.value == pytest.approx(values[3, last] - values[early])
+    against = confirm_of(swept_run, pictures=600, minus="untrained")
+    statistic, told = MEASURES["excess"].of([against])
+    assert "of seed" in told and statistic.value < mean.max() + 0.1
+
+
+def test_causal_is_the_loss_by_hooks(swept_run):
+    asked = confirm_of(swept_run, pictures=300)
+    found, told = MEASURES["causal"].of([asked])
+    swept = open_swept(OfSweep(swept_run))
+    means = mean_activations(swept.tower, swept.batches(swept.rows("discovery"), "means"))[0]
+    images = torch.cat(list(swept.pictures([asked.rows])))
+    captions = [asked.source.read(row).captions for row in asked.rows]
+    texts = swept.encoder.texts(swept.model, [text for own in captions for text in own])
+    owner = torch.tensor([k for k, own in enumerate(captions) for _ in own])
+
+    def margin(heads):
+        with torch.no_grad():
+            if not heads:
+                return contrastive_margin(swept.tower(images), texts, owner).mean()
+            with ablate(swept.tower, heads, "mean", means) as tower:
+                return contrastive_margin(tower(images), texts, owner).mean()
+
+    losses = {(i, j): float(margin([]) - margin([Head(i, j)])) for i in range(4) for j in range(4)}
+    head = Head.parse(told)
+    mine = losses.pop((head.layer, head.index))
+    assert found.value == pytest.approx(mine - np.mean([*losses.values()]), abs=1e-6)
+
+
+def test_binding_asks_confirm_pictures_the_kinds_named(swept_run):
+    asked = confirm_of(swept_run, pictures=600, kinds=("colour swap",))
+    statistic, told = MEASURES["binding"].of([asked])
+    assert 0 < statistic.value < 1 and 5 < int(told.split()[0]) < len(asked.rows)
+    with pytest.raises(UserError, match="'colr' is none of colour swap"):
+        MEASURES["binding"].of([confirm_of(swept_run, kinds=("colr",))])
+
+
+def decided(capsys, *words):
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def test_a_claim_is_decided_once(swept_run, tmp_path, capsys):
+    """The standing result is shown; a changed file is told, and refused or called exploratory."""
+    claim = written(
+        tmp_path, PLAIN.replace("0.05", "0.9").replace("margin", "pictures=300\nmargin")
+    )
+    words = claim, "--ckpt", swept_run, "--draws", 199, "--out", tmp_path / "out.json"
+    told = decided(capsys, *words)
+    assert "REFUTED (of this checkpoint; nothing is said of its recipe)" in told
+    assert "claimed: excess above 0.9 excess (chance: 0)" in told and "EXPLORATORY" not in told
+    held = (tmp_path / "out.json").read_bytes()
+    assert decided(capsys, *words) == told and (tmp_path / "out.json").read_bytes() == held
+    with pytest.raises(UserError, match="on other checkpoints or draws; name another --out"):
+        decided(capsys, *words, "--draws", 299)
+
+    before = read_hypothesis(claim).sha256
+    claim.write_text(claim.read_text().replace("0.9", "-0.9"))
+    with pytest.raises(UserError, match=f"was changed after .* decided it .sha256 {before[:12]}"):
+        decided(capsys, *words)
+    told = decided(capsys, *words, "--exploratory")
+    assert "SUPPORTED" in told
+    assert (
+        f"EXPLORATORY: the claim may have followed a look at the answer; the file was changed "
+        f"since a result (sha256 {before[:12]})" in told
+    )
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["exploratory"] and report["changed_since"] == before
+    (tmp_path / "out.json").write_text("{}")
+    with pytest.raises(UserError, match="is no result of this version"):
+        decided(capsys, *words)
+
+
+def test_two_sides_with_few_seeds_decide_nothing(swept_run, tmp_path, capsys, monkeypatch):
+    text = PLAIN.replace(
+        "margin", 'first = "superclip"\nsecond = "superclip"\npictures=300\nmargin'
+    )
+    claim = written(tmp_path, text)
+    other = tmp_path / "other"
+    shutil.copytree(swept_run.parent, other)
+    words = claim, "--ckpt", swept_run, "--against", other / "final_epoch.pt"
+    told = decided(capsys, *words, "--draws", 199, "--out", tmp_path / "out.json")
+    assert f"NOT DECIDED (1 seed(s) a side; {SEEDS} are the least that decide" in told
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["value"] == 0 and report["paired"] and report["decision"] == "not decided"
+    with pytest.raises(UserError, match="compares two sides: give --against"):
+        decided(capsys, claim, "--ckpt", swept_run)
+    with pytest.raises(UserError, match="is of one side: leave --against"):
+        decided(capsys, written(tmp_path, name="one.toml"), *words[1:])
+    claim.write_text(text.replace('second = "superclip"', 'second = "clip"'))
+    with pytest.raises(UserError, match="--loss superclip; the claim is of clip"):
+        decided(capsys, *words)
+    # Two checkpoints of one seed are two rates only where rates are compared.
+    config = HypothesisConfig(LATE, (swept_run, other / "final_epoch.pt"), draws=99)
+    with pytest.raises(UserError, match="have the same seed"):
+        decide_one(config)
+
+
+def test_onset_interpolates_between_the_checkpoints_of_a_run(swept_run, tmp_path):
+    folder = tmp_path / "course"
+    shutil.copytree(swept_run.parent, folder)
+    with pytest.raises(UserError, match="a course needs two at least"):
+        MEASURES["onset"].of([confirm_of(folder / "final_epoch.pt", pictures=300)])
+    shutil.copy(folder / "epoch_1.pt", folder / "step_4.pt")
+    asked = confirm_of(folder / "final_epoch.pt", pictures=300)
+    statistic, told = MEASURES["onset"].of([asked])
+    mean = asked.grounding.values.mean()
+    assert told == "all heads, 2 checkpoints"
+    assert statistic.value == (2.0 if mean > 0 else 8.0)
+
+
+def test_sensitivity_is_the_best_rate_less_the_mean(swept_run):
+    models = [confirm_of(swept_run, pictures=300) for _ in range(2)]
+    statistic, told = MEASURES["sensitivity"].of(models)
+    assert statistic.value == 0 and told.startswith("rates ")
+    with pytest.raises(UserError, match="two or more learning rates"):
+        MEASURES["sensitivity"].of(models[:1])
+
+
+def test_bad_words():
+    file = str(LATE)
+    assert "name a hypothesis file" in refused("interp.hypothesis")
+    assert "--ckpt: name a checkpoint" in refused("interp.hypothesis", file)
+    assert "nowhere.pt is no file" in refused("interp.hypothesis", file, "--ckpt", "nowhere.pt")
+    assert "is no hypothesis file" in refused("interp.hypothesis", "x.toml", "--ckpt", file)
