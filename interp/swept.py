@@ -161,7 +161,13 @@ def open_swept(config: OfSweep) -> Swept:
             "this one first, or name its --results"
         )
     swept = results.manifest["data"]
-    source, _ = open_pictures(config.data, config.root, config.split, swept["num"], run)
+    try:
+        source, _ = open_pictures(config.data, config.root, config.split, swept["num"], run)
+    except UserError as error:
+        raise UserError(
+            f"{folder} is the sweep of {swept['name']}; give the --data, --root and --split of it "
+            f"({error})"
+        ) from None
     if source.digest != swept["sha256"]:
         raise UserError(
             f"{source.name} is not the data that was swept ({swept['name']}); give the sweep's "

@@ -89,16 +89,21 @@ class ImageReduction:
         1/4), 3 x 3 (1/9), ... block: the square nearest to the share.
 
         Raises:
-            UserError: for a grid whose windows don't tile the picture.
+            UserError: for a grid whose windows don't tile the picture, or a block that keeps all.
         """
         if self.kind == "resize":
             return side * side
         if self.kind == "random":
             return max(1, math.floor(side * side * self.value + 1e-9))
         if self.kind == "block":
-            return min(side, max(1, round(side * self.value**0.5))) ** 2
+            edge = max(1, round(side * self.value**0.5))
+            if edge >= side:
+                raise UserError(
+                    f"--image-reduction {self} keeps all of {side} x {side} patches; keep fewer"
+                )
+            return edge**2
         window = round(self.value**-0.5)
-        if abs(window**-2 - self.value) > 0.01 * self.value or side % window:
+        if abs(window**-2 - self.value) > 0.01 * self.value or side % window or window < 2:
             ways = [f"{n**-2:.4g}" for n in range(2, side + 1) if side % n == 0]
             raise UserError(
                 f"--image-reduction {self}: windows must tile the {side} x {side} patches: "
@@ -275,6 +280,8 @@ class DataConfig:
                 raise UserError(f"{flag} {getattr(self, name)} must lie in [0, 1]")
         if self.color_jitter is None:
             refuse_set(self, ["color_jitter_prob"], "goes with --color-jitter")
+        elif not any(self.color_jitter) or not self.color_jitter_prob:
+            raise UserError("--color-jitter changes nothing so; leave it out")
         elif not all(0 <= x <= most for x, most in zip(self.color_jitter, (9, 9, 9, 0.5))):
             raise UserError(
                 f"--color-jitter {' '.join(map(str, self.color_jitter))}: strengths must not be "

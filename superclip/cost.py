@@ -157,8 +157,12 @@ def counted(name: str, options: ModelConfig, samples: float) -> Stage:
             vision = config["vision_cfg"]
             kept = reduction.kept(vision["image_size"] // vision["patch_size"])
         image, full, text = vision_flops(config, kept), vision_flops(whole), text_flops(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {options.model}: {error}") from None
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError):
+        raise UserError(
+            f"--model {options.model}: only open_clip's plain vision transformers are counted"
+        ) from None
     again = image.blocks + text.blocks if options.grad_checkpointing else 0
     return Stage(
         name,

@@ -100,6 +100,7 @@ def _one_line(text: str, known: Sequence[str]) -> str:
     if typed := re.match(r"Error parsing (--[\w-]+): .*(int\(\)|float)[^:]*: (.*)", message):
         kind = "a number" if typed[2] == "float" else "a whole number"
         return f"{typed[1]} takes {kind}, not {typed[3]}"
+    message = re.sub(r"\[/?(bold|italic|[a-z]+ [a-z]+)\]", "", message)
     return re.sub(r"^Error parsing \w+: ", "", message) or "the flags can't be read; see --help"
 
 
@@ -228,6 +229,7 @@ SHORT = (
     "stage_two",
 )
 """Options of a first stage that a second one does not inherit."""
+MOST_STAGES = 9
 
 
 def second_stage(config: TrainConfig[Any]) -> TrainConfig[Any] | None:
@@ -239,7 +241,15 @@ def second_stage(config: TrainConfig[Any]) -> TrainConfig[Any] | None:
     named = config.stage_two
     if not named:
         return None
+    if named not in recipes() and not Path(named).is_file():
+        raise UserError(
+            f"--stage-two {named} is no file and no recipe; {nearest(named, recipes())}"
+        )
     own = read_recipe(named) if named in recipes() else read_config_file(Path(named))
+    if odd := [key for key, value in own.items() if "-" in key or isinstance(value, dict)]:
+        raise UserError(
+            f"--stage-two {named}: {odd[0]!r}: write options flat, with underscores (lr = 1e-4)"
+        )
     for key in ("init_from", "out"):
         if key in own:
             raise UserError(f"--stage-two {named}: {key} is where the first stage ends; leave it")
@@ -248,10 +258,18 @@ def second_stage(config: TrainConfig[Any]) -> TrainConfig[Any] | None:
     for section in ("options", "model", "data", "optim"):
         flat |= held[section]
     kept = {k: v for k, v in flat.items() if k not in SHORT}
+    kept = _for_optimizer(kept, own.get("optimizer"))
     flat = _for_loss(kept, own.get("loss", config.loss)) | own
-    number = re.fullmatch(r"stage(\d+)", config.out.name)
+    begun = config.model.init_from
+    later = begun is not None and config.out.parent in (begun.parent, begun.parent.parent)
+    number = re.fullmatch(r"stage(\d+)", config.out.name) if later else None
+    next_one = int(number[1]) + 1 if number else 2
+    if next_one > MOST_STAGES:
+        raise UserError(
+            f"--stage-two {named}: more than {MOST_STAGES} stages; does a file name an earlier one?"
+        )
     place = config.out.parent if number else config.out
-    flat["out"] = str(place / f"stage{int(number[1]) + 1 if number else 2}")
+    flat["out"] = str(place / f"stage{next_one}")
     flat["init_from"] = str(config.out / "final_epoch.pt")
     return train_config(flat, f"--stage-two {named}")
 

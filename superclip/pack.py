@@ -124,7 +124,7 @@ def pack_coco(command: Coco) -> None:
         for cause, count in source.attrition.items():
             print(f"{source.name}: {count} {cause}")
 
-    tagged_by, tagger = find_tagger() if command.tags else (None, None)
+    tagged_by, tagger = find_tagger("--tags") if command.tags else (None, None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         partial, entries = Path(scratch) / "new", []

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superclip.config import ImageReduction, ModelConfig
-from superclip.errors import UserError, check_writable, replace_text, run_command
-from superclip.study import BAND, Arm, Study, StudyConfig, over_seeds
+from superclip.config import ImageReduction
+from superclip.errors import UserError, check_writable, nearest, replace_text, run_command
+from superclip.flags import parse, parse_train
+from superclip.study import BAND, SHOWN, Arm, Study, StudyConfig, over_seeds
 
 DESCRIPTION = """Train towers of several sizes at several numbers of image tokens and equal samples
 seen, and ask whether the drop from all tokens to the fewest shrinks with size (the inverse scaling
@@ -48,6 +49,8 @@ class LawConfig(StudyConfig):
                 raise UserError(f"--{name} {' '.join(given)}: name each once, and at least one")
         if not self.tune_lengths and not self.tune:
             raise UserError("--no-tune-lengths goes with --tune N")
+        if self.measure not in (known := [*SHOWN.values(), "average"]):
+            raise UserError(f"--measure {self.measure}: {nearest(self.measure, known)}")
         for text in self.reductions:
             ImageReduction.parse(text)
 
@@ -69,14 +72,12 @@ class Point:
 
 def main(argv: list[str]) -> None:
     """Parse, search rates, train, measure, write."""
-    from superclip.flags import parse
-
     end = argv.index("--") if "--" in argv else len(argv)
     config = parse(LawConfig, argv[:end], "python -m superclip.scaling_law", DESCRIPTION)
     check_writable(config.out / "law.json", "--out")
-    points = family(config)
-    own = "--model", "--image-reduction"
-    study = Study(config, config.out, [point.arm for point in points], argv[end + 1 :], own)
+    shared, own = argv[end + 1 :], ("--model", "--image-reduction")
+    points = family(config, shared)
+    study = Study(config, config.out, [point.arm for point in points], shared, own)
     rates: dict[Arm, float | None] = {}
     whole: dict[str, float | None] = {}
     for point in points:
@@ -90,8 +91,11 @@ def main(argv: list[str]) -> None:
     print(f"\nwritten: {config.out}/law.json, law.png")
 
 
-def family(config: LawConfig) -> list[Point]:
+def family(config: LawConfig, shared: Sequence[str] = ()) -> list[Point]:
     """Every size with every number of tokens, all of them first.
+
+    Args:
+        shared: flags of every superclip.train, whose recipe or file may say more of the model.
 
     Raises:
         UserError: for a model that can't be counted, an order that is none, or masks that leave
@@ -103,11 +107,9 @@ def family(config: LawConfig) -> list[Point]:
     for model in config.models:
         own: list[Point] = []
         for reduction in (None, *config.reductions):
-            stage = counted(model, ModelConfig(model, image_reduction=reduction), 1)
+            words = "--model", model, "--image-reduction", str(reduction)
+            stage = counted(model, parse_train([*shared, *words]).model, 1)
             name = f"{model}, {stage.image_tokens} tokens"
-            words = ("--model", model)
-            if reduction is not None:
-                words = *words, "--image-reduction", reduction
             against = own[0].arm.name if own else None
             arm = Arm(name, words, against=against)
             own.append(Point(arm, model, stage.image_tokens, stage.training))

@@ -3,6 +3,7 @@ alike and tested against one another: what `superclip.compare` and `superclip.sc
 
 from __future__ import annotations
 
+import json
 import shlex
 import statistics
 import subprocess
@@ -122,7 +123,7 @@ class Study:
     ):
         self.config, self.out, self.arms, self.shared = config, out, [*arms], [*shared]
         for flag in (*own, "--seed", "--out", "--lr"):
-            if any(word.partition("=")[0] == flag for word in shared):
+            if any(word.partition("=")[0].replace("_", "-") == flag for word in shared):
                 raise UserError(f"{flag} is the comparison's own; leave it out after --")
         self.searches: dict[str, dict[str, Any]] = {}
         self.facts: dict[Path, dict[str, Any]] = {}
@@ -183,8 +184,8 @@ class Study:
             arm, seed, lr, out = run
             command = [*self.launcher, "-m", "superclip.train", *self.words(*run)]
             done, log = (out.parent / f"{out.name}.{kind}" for kind in ("done", "log"))
-            final = self.last(out)
-            if final.is_file() and done.is_file() and done.read_text() == shlex.join(command):
+            final, whole = self.last(out), self.identity(run)
+            if final.is_file() and done.is_file() and done.read_text() == whole:
                 return
             told = f"{arm}, seed {seed}" + ("" if lr is None else f", lr {lr:g}")
             print(f"training {told} -> {out}", flush=True)
@@ -196,10 +197,18 @@ class Study:
                 last = (log.read_text().strip().splitlines() or ["nothing said"])[-1]
                 kind = Diverged if "not finite" in last else UserError
                 raise kind(f"{told} did not finish (see {log}): {last}")
-            replace_text(done, shlex.join(command))
+            replace_text(done, whole)
 
         with ThreadPoolExecutor(self.config.jobs) as pool:
             list(pool.map(one, runs))
+
+    def identity(self, run: tuple[Arm, int, float | None, Path]) -> str:
+        """All options of a run and of its later stages, whatever files they come from."""
+        stages, following = [], self.parsed(*run)
+        while following is not None:
+            stages.append(to_dict(following))
+            following = second_stage(following)
+        return json.dumps([self.launcher, stages], indent=1)
 
     def rate(self, arm: Arm) -> float | None:
         """The learning rate of an arm: the best of its search, or the trainer's default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 from superclip.config import TrainConfig
@@ -14,8 +15,13 @@ from superclip.training.preemption import StopRequest
 def main(argv: list[str]) -> None:
     """Parse, build, run."""
     stages = [parse_train(argv)]
-    while (following := second_stage(stages[-1])) is not None:  # a mistake there shows now
+    while (following := second_stage(stages[-1])) is not None:
         stages.append(following)
+    if len(stages) > 1 and stages[0].model.image_tower is None:
+        from superclip.training.build import check_stage
+
+        for before, later in pairwise(stages):  # a mistake there shows now
+            check_stage(later, before)
     with StopRequest() as stop:  # from here on, a request costs no more than one step
         for config in stages:
             if not _train(config, stop):

@@ -10,7 +10,6 @@ from conftest import ROOT, refused
 
 from superclip.config import (
     DataConfig,
-    EvalConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
@@ -19,6 +18,7 @@ from superclip.config import (
     train_config,
 )
 from superclip.errors import UserError
+from superclip.evaluation.config import EvalConfig
 from superclip.flags import parse_train, recipes
 from superclip.loss_options import LOSS_OPTIONS, SuperClipOptions
 

@@ -9,11 +9,13 @@ import sys
 import pytest
 from conftest import ROOT
 
+from interp.hypothesis import read_hypothesis
 from superclip.compare import GridConfig
 from superclip.cost import CostConfig
 from superclip.errors import UserError
 from superclip.evaluation.config import EvalConfig
 from superclip.flags import parse, parse_train
+from superclip.scaling_law import LawConfig
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
@@ -32,6 +34,10 @@ def test_flags_of_shown_commands_are_understood(line):
         parse_train(words)
     elif module == "superclip.compare":
         parse(GridConfig, words[: words.index("--")], module, "")
+    elif module == "superclip.scaling_law":
+        parse(LawConfig, words[: words.index("--")], module, "")
+    elif module == "interp.hypothesis":
+        assert read_hypothesis(ROOT / words[0]).rule and words[1] == "--ckpt"
     elif module == "superclip.evaluate":
         parse(EvalConfig, words, module, "")
     elif module == "superclip.cost":

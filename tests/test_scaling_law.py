@@ -9,6 +9,7 @@ from scipy.stats import ttest_rel
 
 from superclip.errors import UserError
 from superclip.scaling_law import LawConfig, family, judged, lines, plot, verdict
+from superclip.study import Study
 
 
 def invented(drops, seeds=6, noise=0.005, config=None):
@@ -89,6 +90,7 @@ def test_the_null_is_rarely_rejected(monkeypatch):
         ({"reductions": ("resize:40",)}, "don't tile"),
         ({"reductions": ("some",)}, "write resize:SIZE"),
         ({"models": ("scenes-vit", "scenes-vit")}, "name each once"),
+        ({"measure": "averag"}, "did you mean 'average'"),
         ({"tune_lengths": False}, "goes with --tune N"),
         ({"models": ("RN50",)}, "vision transformers are counted"),
     ],
@@ -96,6 +98,30 @@ def test_the_null_is_rarely_rejected(monkeypatch):
 def test_what_is_no_family(values, told):
     with pytest.raises(UserError, match=told):
         family(LawConfig(**values))
+
+
+def test_all_tokens_are_all_tokens_whatever_recipes_and_files_say(tmp_path):
+    (tmp_path / "few.toml").write_text('image_reduction = "random:0.5"\ncontext_length = 7\n')
+    shared = ["--config", str(tmp_path / "few.toml"), "--loss", "clip"]
+    points = family(LawConfig(), shared)
+    assert [p.tokens for p in points] == [26, 19, 13] * 3
+    plain = family(LawConfig())
+    assert all(a.operations < b.operations for a, b in zip(points, plain))  # of shorter texts
+    study = Study(LawConfig(), tmp_path, [p.arm for p in points], shared, ())
+    found = [study.parsed(arm, 0, None, tmp_path).model.image_reduction for arm in study.arms[:3]]
+    assert found == [None, "random:0.75", "random:0.5"]
+    with pytest.raises(UserError, match="leave it out after --"):
+        Study(LawConfig(), tmp_path, study.arms, ["--image_reduction", "x"], ["--image-reduction"])
+
+
+def test_a_run_is_what_its_files_say(tmp_path):
+    """A second stage that was changed is another run, though the command is the same."""
+    (tmp_path / "two.toml").write_text("lr = 1e-4")
+    arm = family(LawConfig())[0].arm
+    study = Study(LawConfig(), tmp_path, [arm], ["--stage-two", str(tmp_path / "two.toml")], ())
+    before = study.identity((arm, 0, None, tmp_path / "run"))
+    (tmp_path / "two.toml").write_text("lr = 2e-4")
+    assert study.identity((arm, 0, None, tmp_path / "run")) != before
 
 
 def test_a_measure_that_was_not_taken():

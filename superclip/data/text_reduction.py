@@ -57,6 +57,16 @@ class TextReduction:
         self._encode, self._tagger = lru_cache(1 << 16)(encode), tagger
         self.tagged_by = "tags of the data" if tagger is None else "the tagger given"
 
+    def find_tagger(self) -> None:
+        """For captions without tags.
+
+        Raises:
+            UserError: if none is installed.
+        """
+        name, found = find_tagger("--text-reduction syntax")
+        self._tagger = lru_cache(1 << 16)(found)
+        self.tagged_by = f"{name}, where the data have no tags"
+
     def __call__(self, record: Record, which: int, rng: Generator) -> Int[np.ndarray, " l"]:
         """Ids of caption number `which`.
 
@@ -87,8 +97,8 @@ class TextReduction:
             tagged = record.tags[which]
         else:
             if self._tagger is None:
-                self.tagged_by, found = find_tagger()
-                self._tagger = lru_cache(1 << 16)(found)
+                self.find_tagger()
+            assert self._tagger is not None
             tagged = self._tagger(caption)
         return self._encode(" ".join(best_words(tagged, self.room)))
 
@@ -103,7 +113,7 @@ def best_words(tagged: Tagged, count: int) -> list[str]:
     return [tagged[k][0] for k in sorted(order[:count])]
 
 
-def find_tagger() -> tuple[str, Tagger]:
+def find_tagger(flag: str) -> tuple[str, Tagger]:
     """NLTK's tagger, if its data are there, else an English model of spaCy; and its name.
 
     Raises:
@@ -112,10 +122,12 @@ def find_tagger() -> tuple[str, Tagger]:
     for found in (_nltk, _spacy):
         if (tagger := found()) is not None:
             return tagger
+    packed = (
+        "; or pack the captions' tags where there is one (python -m superclip.pack coco --tags)"
+    )
     raise UserError(
-        "--text-reduction syntax finds no tagger of words: pip install nltk && python -m "
-        "nltk.downloader punkt_tab averaged_perceptron_tagger_eng (or a spaCy model); or pack the "
-        "captions' tags where there is one (python -m superclip.pack coco --tags)"
+        f"{flag} finds no tagger of words: pip install nltk && python -m nltk.downloader punkt_tab "
+        "averaged_perceptron_tagger_eng (or a spaCy model)" + packed * (flag != "--tags")
     )
 
 

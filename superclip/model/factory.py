@@ -68,8 +68,12 @@ def reduced(config: dict[str, Any], options: ModelConfig) -> dict[str, Any]:
         config["text_cfg"]["context_length"] = options.context_length
     if reduction is not None and reduction.kind == "resize":
         size, patch = int(reduction.value), config["vision_cfg"].get("patch_size")
-        if patch is None:
-            raise UserError(f"--image-reduction {reduction}: {options.model} has no patches")
+        if not isinstance(patch, int):
+            raise UserError(f"--image-reduction {reduction}: {options.model} has no square patches")
+        if size == config["vision_cfg"].get("image_size", 224):
+            raise UserError(
+                f"--image-reduction {reduction} is the size that {options.model} has; leave it out"
+            )
         if size % patch:
             near = max(patch, size // patch * patch)
             raise UserError(

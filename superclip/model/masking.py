@@ -59,7 +59,12 @@ def mask_patches(clip: Any, reduction: ImageReduction, seed: int) -> PatchMask:
     if not isinstance(visual, VisionTransformer):
         raise UserError(
             f"--image-reduction {reduction}: {type(visual).__name__} has no slot for masks; use "
-            "one of open_clip's vision transformers, or resize:SIZE"
+            "one of open_clip's vision transformers"
+        )
+    if getattr(visual.patch_dropout, "prob", 0):
+        raise UserError(
+            f"--image-reduction {reduction}: the model's own configuration drops patches "
+            "(patch_dropout); take it out there, or leave the flag out"
         )
     high, wide = visual.grid_size
     assert high == wide, "preprocessing refuses what is not square"

@@ -145,10 +145,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (AssertionError, AttributeError, LookupError, TypeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(f"{path} is no checkpoint that training wrote ({what})") from None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Checkpoint(
         path,
-        digest,
+        file_sha256(path),
         model.eval(),
         content["model_config"],
         preprocess,
@@ -176,22 +175,17 @@ def begin_with(
     Raises:
         UserError: if the file is no checkpoint, or of another architecture.
     """
-    path = newest_checkpoint(path) if path.is_dir() else path
+    path = begun_from(path)
     content = read_tensors(path)
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    ours = isinstance(content, dict) and content.get("schema") == SCHEMA
+    if not ours or not {*content} >= BROUGHT:
         raise UserError(f"--init-from {path} is no checkpoint of this version (schema {SCHEMA})")
     state, held = dict(content["state_dict"]), content["model_config"]
-    for part in ("vision_cfg", "text_cfg"):
-        own, other = ({**c[part]} for c in (config, held))
-        for size in ("image_size", "context_length", "tokenizer"):
-            own.pop(size, None)
-            other.pop(size, None)
-        if own != other:
-            odd = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
-            raise UserError(
-                f"--init-from {path} is of another architecture ({part}: {', '.join(odd)}); name "
-                f"its --model {content['config']['model']['model']}"
-            )
+    if odd := other_architecture(config, held):
+        raise UserError(
+            f"--init-from {path} is of another architecture ({odd}); name its --model "
+            f"{content['config']['model']['model']}"
+        )
     try:
         resize_pos_embed(state, clip)
         resize_text_pos_embed(state, clip)
@@ -200,6 +194,40 @@ def begin_with(
     load_into(clip, state, path)
     known = {name: content["preprocess"][name] for name in ("mean", "std")}
     return known, content["token_head"]
+
+
+def other_architecture(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """In what two configurations differ beside resolution and length; empty where they don't."""
+    for part in ("vision_cfg", "text_cfg", "model"):
+        both = [{k: v for k, v in c.items() if k in AS_A_WHOLE} for c in (one, other)]
+        if part != "model":
+            both = [{k: v for k, v in c[part].items() if k not in SIZES} for c in (one, other)]
+        keys = both[0].keys() | both[1].keys()
+        if odd := sorted(k for k in keys if both[0].get(k) != both[1].get(k)):
+            return f"{part}: {', '.join(odd)}"
+    return ""
+
+
+def begun_from(path: Path) -> Path:
+    """The checkpoint that `--init-from` means: a file, or the last of a run's folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path.is_dir() and path != Path():
+        numbered = [p for p in [path / "final_epoch.pt"] if p.is_file()] or resumable(path)
+        if numbered:
+            return numbered[-1]
+    if not path.is_file():
+        raise UserError(f"--init-from {path} is no checkpoint and no run's folder")
+    return path
+
+
+AS_A_WHOLE = "embed_dim", "quick_gelu", "custom_text", "multimodal_cfg"
+"""Of a model's configuration, what concerns both towers."""
+SIZES = "image_size", "context_length", "tokenizer"
+"""What a later stage may change."""
+BROUGHT = {"state_dict", "model_config", "preprocess", "config", "token_head"}
 
 
 def open_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
@@ -293,6 +321,12 @@ def token_head_from(state: dict[str, Any] | None) -> TokenHead | None:
     )
     head.load_state_dict(tensors)
     return head
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,15 +26,24 @@ def concrete_precision(precision: Precision, device: torch.device) -> Precision:
 
 @contextlib.contextmanager
 def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Mixed precision for a forward pass.
-
-    On the CPU attention takes the plain kernel: the backward pass of the fused one is several times
-    slower in bf16 (46 % of a step of a small tower).
-    """
+    """Mixed precision for a forward pass."""
     if precision == "fp32":
         yield
         return
     dtype = torch.float16 if precision == "amp" else torch.bfloat16
-    kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, dtype), kernel:
+    with torch.autocast(device.type, dtype), attention_kernel(precision, device):
         yield
+
+
+def attention_kernel(
+    precision: Precision, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
+    """Forward and backward pass alike, as blocks that are computed again in the latter must find
+    the kernel of the former.
+
+    On the CPU attention takes the plain kernel: the backward pass of the fused one is several times
+    slower in bf16 (46 % of a step of a small tower).
+    """
+    if precision == "fp32" or device.type != "cpu":
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)

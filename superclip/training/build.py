@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -17,7 +18,7 @@ from superclip.data.loader import PairMaker, Preprocess, Tokenize, TrainRows, li
 from superclip.data.order import Order
 from superclip.data.scenes import caption_vocabulary
 from superclip.data.shards import is_stream
-from superclip.data.sources import held_out_spec, open_source, shard_weights
+from superclip.data.sources import Mixture, held_out_spec, open_source, shard_weights
 from superclip.data.stream import Stream
 from superclip.data.text_reduction import TextReduction
 from superclip.errors import UserError, nearest
@@ -39,7 +40,14 @@ from superclip.model.factory import (
 from superclip.model.grid import grid_width
 from superclip.model.masking import mask_patches
 from superclip.model.superclip import SuperCLIP, TokenHead
-from superclip.model.weights import begin_with, state_sha256, token_head_from
+from superclip.model.weights import (
+    begin_with,
+    begun_from,
+    file_sha256,
+    other_architecture,
+    state_sha256,
+    token_head_from,
+)
 from superclip.ops.precision import concrete_precision
 from superclip.ops.reducer import GradientReducer
 from superclip.ops.world import World
@@ -66,6 +74,22 @@ def settled(config: TrainConfig[Any], world: World) -> TrainConfig[Any]:
         precision=concrete_precision(config.precision, world.device),
         optim=dataclasses.replace(config.optim, global_batch_size=whole),
     )
+
+
+def check_stage(config: TrainConfig[Any], before: TrainConfig[Any]) -> None:
+    """Find now what a later stage could else refuse only when the earlier one is done.
+
+    Raises:
+        UserError: for a model, pictures or data that can't follow.
+    """
+    models = [reduced(model_config(c.model.model), c.model) for c in (before, config)]
+    if odd := other_architecture(models[1], models[0]):
+        raise UserError(f"--stage-two {before.stage_two}: another architecture ({odd})")
+    if (reduction := config.model.reduction) is not None and reduction.kind != "resize":
+        vision = models[1]["vision_cfg"]
+        reduction.kept(vision.get("image_size", 224) // vision.get("patch_size", 16))
+    if config.data.train_data != before.data.train_data:
+        _training_data(config)
 
 
 def build_run(
@@ -125,6 +149,8 @@ def build_run(
         "device": _device_name(world.device),
         "compile": config.model.compile,
     }
+    if config.model.init_from is not None:
+        facts["init_from_sha256"] = file_sha256(begun_from(config.model.init_from))
     if shorten is not None and shorten.kind == "syntax":
         facts["tagger"] = shorten.tagged_by
     _refuse_disagreement(world, facts)
@@ -344,15 +370,20 @@ def _text_reduction(
     kind = config.data.text_reduction
     if kind == "truncate":
         return None
-    parts = text_parts(bpe)
-    if parts is None:
+    cut = text_parts(bpe)
+    if cut is None:
         raise UserError(
             f"--text-reduction {kind} does not know the tokenizer of {config.model.name}; use "
             "truncate"
         )
-    shorten = TextReduction(kind, *parts)
-    if not isinstance(source, Stream):
-        shorten.all_ids(source.read(0), 0)  # finds a tagger, or says that there is none
+    shorten = TextReduction(kind, *cut)
+    if kind == "syntax" and isinstance(source, Stream):
+        with contextlib.suppress(UserError):  # it may bring tags, which nobody knows beforehand
+            shorten.find_tagger()
+    elif kind == "syntax":
+        parts = source.parts if isinstance(source, Mixture) else (cast(Source, source),)
+        for part in parts:
+            shorten.all_ids(part.read(0), 0)  # finds a tagger, or says that there is none
     return shorten
 
 

@@ -15,7 +15,7 @@ from superclip.config import TrainConfig, differences, to_dict, train_config
 from superclip.data.sources import contents
 from superclip.data.stream import Stream
 from superclip.errors import UserError, replace_text
-from superclip.model.weights import damage_of
+from superclip.model.weights import begun_from, damage_of, file_sha256
 from superclip.training.state import Run
 
 
@@ -41,6 +41,16 @@ def claim_directory(config: TrainConfig[Any]) -> bool:
                 f"{record} can't be read ({error}); use another --out or --overwrite"
             ) from None
         optim = dataclasses.replace(old.optim, global_batch_size=whole)
+        if (began := held.get("init_from_sha256")) and config.model.init_from is not None:
+            now = file_sha256(begun_from(config.model.init_from))
+            if began != now:
+                raise UserError(
+                    f"{out} began with other weights than {config.model.init_from} holds now; "
+                    "--overwrite begins anew with these, another --out keeps both"
+                )
+            # The same weights under whatever name they have now.
+            model = dataclasses.replace(old.model, init_from=config.model.init_from)
+            old = dataclasses.replace(old, model=model)
         found = differences(dataclasses.replace(old, optim=optim), config)
         if found:
             kept = {"global_batch_size": whole, "precision": old.precision}
@@ -118,7 +128,7 @@ def _write_record(run: Run, argv: list[str]) -> None:
     path = run.directory / "run.json"
     if path.exists():
         old = json.loads(path.read_text())
-        for name in ("world_size", "threads", "versions", "device", "compile"):
+        for name in ("world_size", "threads", "versions", "device", "compile", "tagger"):
             if name in old and old[name] != record[name]:
                 print(
                     f"warning: {name} was {old.get(name)}, is {record[name]}: not bit-equal to an "

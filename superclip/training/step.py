@@ -12,7 +12,7 @@ from superclip.data.batch import Batch
 from superclip.losses import Terms
 from superclip.model.output import ClipOutput
 from superclip.ops.phases import phase
-from superclip.ops.precision import autocast
+from superclip.ops.precision import attention_kernel, autocast
 from superclip.training.optim import set_learning_rates
 from superclip.training.shares import TermGradients
 from superclip.training.state import Run, TrainState
@@ -32,7 +32,8 @@ def train_step(state: TrainState, batch: Batch, run: Run) -> Terms:
     length, scale = run.plan.total_steps, state.model.clip.logit_scale
     rates = run.config.optim, run.config.lr, state.step, length, scale.detach()
     set_learning_rates(state.optimizer, *rates)
-    terms, shares = _gradients(state, batch, run)
+    with attention_kernel(run.precision, run.world.device):
+        terms, shares = _gradients(state, batch, run)
     with phase("optimizer"):
         _update(state, run)
     state.norms |= shares

@@ -141,6 +141,9 @@ def test_without_a_tagger_the_way_out_is_named(no_taggers):
     with pytest.raises(UserError, match=r"nltk.downloader .* or pack the captions' tags"):
         shorten.all_ids(record_of("a cat"), 0)
     assert shorten.all_ids(record_of("a cat", "DT NN"), 0) == BPE.encode("a cat")
+    assert shorten.tagged_by == "tags of the data"
+    with pytest.raises(UserError, match=r"^--tags finds no tagger .*\(or a spaCy model\)$"):
+        find_tagger("--tags")
 
 
 def test_nltk_is_used_where_its_data_are_and_spacy_else(no_taggers, monkeypatch):
@@ -151,7 +154,7 @@ def test_nltk_is_used_where_its_data_are_and_spacy_else(no_taggers, monkeypatch)
 
     nltk: ModuleType = SimpleNamespace(pos_tag=tag, word_tokenize=str.split, __version__="3")
     monkeypatch.setitem(sys.modules, "nltk", nltk)
-    name, tagger = find_tagger()
+    name, tagger = find_tagger("--tags")
     assert name == "nltk 3" and tagger("big dog") == (("big", "NN"), ("dog", "NN"))
 
     nltk.word_tokenize = lambda text: ["no"]
@@ -169,7 +172,7 @@ def test_nltk_is_used_where_its_data_are_and_spacy_else(no_taggers, monkeypatch)
         __version__="3.8",
     )
     monkeypatch.setitem(sys.modules, "spacy", spacy)
-    name, tagger = find_tagger()
+    name, tagger = find_tagger("--tags")
     assert name == "spacy 3.8, en_core_web_sm 1.0"
     assert tagger("run run") == (("run", "VB"), ("run", "VB"))
     spacy.util.get_installed_models = lambda: ["de_x"]

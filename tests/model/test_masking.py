@@ -180,7 +180,7 @@ def test_smaller_pictures_and_shorter_texts_are_another_architecture():
         UserError, match=r"patches of 16 px don't tile it; use resize:32 or resize:48"
     ):
         reduced(model_config("scenes-vit"), ModelConfig(image_reduction="resize:40"))
-    with pytest.raises(UserError, match=r"RN50 has no patches"):
+    with pytest.raises(UserError, match=r"RN50 has no square patches"):
         reduced(model_config("RN50"), ModelConfig("RN50", image_reduction="resize:96"))
     with pytest.raises(UserError, match=r"no slot for masks"):
         mask_patches(build_clip(model_config("RN50")), ImageReduction.parse("random:0.5"), 0)

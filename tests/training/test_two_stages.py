@@ -1,6 +1,7 @@
 """A second run that begins with a first one's weights: positions, heads, configurations, chains."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,8 +101,8 @@ def test_other_architectures_are_refused(short, tmp_path):
     said = refused(*words, str(tmp_path), "--init-from", str(short[0]), "--pretrained", "openai")
     assert "leave one out" in said
     said = refused(*words, str(tmp_path), "--init-from", str(tmp_path / "nothing"))
-    assert "nothing does not exist" in said
-    torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
+    assert "nothing is no checkpoint and no run's folder" in said
+    torch.save({"schema": 1, "a": torch.ones(1)}, tmp_path / "x.pt")
     said = refused(*words, str(tmp_path / "run"), "--init-from", str(tmp_path / "x.pt"))
     assert "no checkpoint of this version" in said
 
@@ -112,9 +113,70 @@ def test_mistakes_of_the_second_stage_show_before_the_first(tmp_path):
         (tmp_path / "two.toml").write_text(text)
         with pytest.raises(UserError, match=told):
             main(words)
-    with pytest.raises(UserError, match=r"nowhere.toml"):
+    with pytest.raises(UserError, match=r"--stage-two nowhere.toml is no file and no recipe"):
         main(["--stage-two", "nowhere.toml"])
+    for text, told in (
+        ('init-from = "x"', "'init-from': write options flat"),
+        ('[model]\ninit_from = "x"', "'model': write options flat"),
+        ('image_reduction = "resize:83"', "don't tile"),
+        ('image_reduction = "grid:0.25"', "windows must tile"),
+        ('model = "scenes-vit-s"', "another architecture .vision_cfg: layers, width"),
+        ('train_data = "/nope.tar"', "/nope.tar"),
+        (f'stage_two = "{tmp_path}/two.toml"', "does a file name an earlier one"),
+    ):
+        (tmp_path / "two.toml").write_text(text)
+        with pytest.raises(UserError, match=told):
+            main(words)
     assert not (tmp_path / "run").exists()
+
+
+def test_stages_have_folders_of_their_own(tmp_path):
+    (tmp_path / "two.toml").write_text("")
+    for out, wanted in (("run", "run/stage2"), ("stage1", "stage1/stage2"), ("x/stage2", None)):
+        words = ["--out", str(tmp_path / out), "--stage-two", str(tmp_path / "two.toml")]
+        following = second_stage(parse_train(words))
+        assert following is not None
+        assert following.out == tmp_path / (wanted or "x/stage2/stage2")
+
+
+def test_another_optimizer_leaves_the_firsts_numbers_behind(tmp_path):
+    (tmp_path / "two.toml").write_text('optimizer = "sgd"')
+    words = ["--wd", "0.3", "--beta2", "0.95", "--stage-two", str(tmp_path / "two.toml")]
+    following = second_stage(parse_train(words))
+    assert following is not None and following.optim.wd != 0.3
+
+
+def test_a_second_stage_of_other_weights_is_told(short, tmp_path):
+    """By their hash, so that another name of the same file, or another folder, is the same."""
+    words = [*short[1]]
+    moved = tmp_path / "moved"
+    shutil.copytree(short[0], moved)
+    words[words.index("--out") + 1] = "moved"
+    assert command(*words, cwd=tmp_path).stdout.count("holds this run, finished") == 2
+    held = read_tensors(moved / "final_epoch.pt")
+    held["state_dict"]["logit_scale"] += 1
+    torch.save(held, moved / "final_epoch.pt")
+    said = refused(*words, cwd=tmp_path)
+    assert "moved/stage2 began with other weights than moved/final_epoch.pt holds now" in said
+
+
+def test_another_activation_is_another_architecture(short):
+    config = model_config("scenes-vit") | {"quick_gelu": True}
+    with pytest.raises(UserError, match=r"another architecture .model: quick_gelu"):
+        begin_with(build_clip(config), short[0], config)
+
+
+def test_blocks_run_forward_twice_in_bf16_on_a_cpu(few_scenes, tmp_path):
+    """Recomputation must find the attention kernel of the forward pass: equal weights."""
+    words = ["--train-num-samples", "24", "--batch-size", "12", "--loss", "clip", "--threads", "1"]
+    words += ["--precision", "amp_bf16", "--val-data", str(few_scenes), "--device", "cpu"]
+    main([*words, "--out", str(tmp_path / "plain")])
+    main([*words, "--grad-checkpointing", "--out", str(tmp_path / "twice")])
+    one, other = (
+        read_tensors(tmp_path / name / "final_epoch.pt")["state_dict"]
+        for name in ("plain", "twice")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_what_was_switched_off_stays_off(tmp_path):

@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# The study: does token supervision make the model see objects earlier? Every run, sweep, claim and table of
+# research/README.md, part by part; what is done is not done again, so a study cut short goes on by the same words.
+#
+#   bash scripts/study.sh [FOLDER] [PART...]        FOLDER: logs/study; PARTS: base claims rates longer forms photographs
+#
+# JOBS=4 runs four at a time (default 2), each on one thread; on a GPU, JOBS=1 DEVICE=cuda. SEEDS='0 1' and
+# OPTIONS='--train-num-samples 1280' (flags of every training) make a rehearsal, in a folder of its own. FLICKR=FOLDER names Flickr8k
+# in COCO form with entity boxes, for photographs. On two CPU cores: base 30 min, claims 15 min, rates 100 min,
+# longer 75 min, forms 90 min, photographs 30 min.
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+export OMP_NUM_THREADS=1
+
+out=${1:-logs/study}
+shift || true
+jobs=${JOBS:-2} device=${DEVICE:-auto}
+[ $# -gt 0 ] || set -- base claims rates longer forms ${FLICKR:+photographs}
+for part in "$@"; do
+    case $part in base | claims | rates | longer | forms | photographs) ;;
+    *) echo "error: $part is no part; there are base claims rates longer forms photographs" >&2 && exit 2 ;; esac
+done
+mkdir -p "$out/tables"
+seeds=${SEEDS:-0 1 2 3 4 5}
+read -ra options <<<"${OPTIONS:-}"
+queue=() # commands that run side by side
+
+later() { queue+=("$(printf '%q ' "$@")"); }
+run_queue() { # all of them, or the first error, with the end of its log
+    [ ${#queue[@]} -eq 0 ] && return
+    echo "   ${#queue[@]} commands, $jobs at a time"
+    printf '%s\0' "${queue[@]}" | xargs -0 -P "$jobs" -I{} bash -c '{} || exit 255'
+    queue=()
+}
+quietly() { # LOG COMMAND...
+    local log=$1
+    shift
+    "$@" >"$log" 2>&1 || { tail -n 3 "$log" >&2 && return 1; }
+}
+export -f quietly
+train() { # NAME SEED OPTIONS...: queued
+    local run="$out/$1/seed$2" seed=$2
+    shift 2
+    [ -e "$run/final_epoch.pt" ] && [ -e "$run.done" ] && return
+    mkdir -p "$(dirname "$run")"
+    later bash -c 'quietly "$0.log" "$@" && touch "$0.done"' "$run" python -m superclip.train "$@" --seed "$seed" \
+        --threads 1 --device "$device" "${options[@]}" --out "$run"
+}
+arm() { # NAME OPTIONS...: all seeds
+    local name=$1 seed
+    shift
+    for seed in $seeds; do train "$name" "$seed" "$@"; done
+}
+of() { local name && for name in "$@"; do for seed in $seeds; do echo "$out/$name/seed$seed/final_epoch.pt"; done; done; }
+sweep() { # every checkpoint named that is not swept
+    local ckpt
+    for ckpt in "$@"; do
+        [ -e "$(dirname "$ckpt")/sweep/findings.json" ] && continue
+        later quietly "$(dirname "$ckpt").sweep.log" python -m interp.sweep --ckpt "$ckpt" --metric legacy-mass \
+            --threads 1 --device "$device" --overwrite
+    done
+    run_queue
+}
+table() { # NAME FIRST SECOND OPTIONS...: one arm against another
+    local name=$1 first=$2 second=$3
+    shift 3
+    [ -e "$out/tables/$name.txt" ] && return
+    # shellcheck disable=SC2046
+    python -m superclip.evaluate --ckpt $(of "$first") --against $(of "$second") --device "$device" "$@" \
+        --out "$out/tables/$name.json" --overwrite >"$out/tables/$name.part"
+    mv "$out/tables/$name.part" "$out/tables/$name.txt"
+}
+claim() { # NAME [AS] -- CHECKPOINTS: decided once
+    local name=$1 as=$2
+    shift 2
+    python -m interp.hypothesis "research/hypotheses/$name.toml" "$@" --device "$device" --out "$out/claims/$as.json" |
+        tee "$out/claims/$as.txt"
+}
+
+base() {
+    for name in superclip clip; do arm "$name" --recipe "scenes-$name" --save-every 200; done
+    run_queue
+    table base superclip clip --tasks retrieval zeroshot
+    table base-compositional superclip clip --tasks compositional --num 10000
+    cat "$out"/tables/base*.txt
+}
+claims() {
+    mkdir -p "$out/claims"
+    # shellcheck disable=SC2046
+    sweep $(of superclip clip)
+    local one
+    for one in superclip clip; do
+        for name in early_grounding late_crystallisation champion_is_causal; do
+            # shellcheck disable=SC2046
+            claim "$name" "$name-$one" --ckpt $(of "$one")
+        done
+    done
+    for name in earlier_in_depth earlier_in_training binding; do
+        # shellcheck disable=SC2046
+        claim "$name" "$name" --ckpt $(of superclip) --against $(of clip)
+    done
+}
+rates() {
+    local rate all=(1.5e-4 3e-4 6e-4 1.2e-3)
+    mkdir -p "$out/claims"
+    for rate in "${all[@]}"; do
+        for name in superclip clip; do arm "rates/$name-$rate" --recipe "scenes-$name" --lr "$rate"; done
+    done
+    run_queue
+    for rate in "${all[@]}"; do table "rates-$rate" "rates/superclip-$rate" "rates/clip-$rate" --tasks retrieval zeroshot; done
+    # shellcheck disable=SC2046
+    claim learning_rate_sensitivity learning_rate_sensitivity --ckpt $(of "${all[@]/#/rates/superclip-}") \
+        --against $(of "${all[@]/#/rates/clip-}")
+}
+longer() { # is token supervision worth more than training on?
+    arm clip-2x --recipe scenes-clip --train-num-samples 230400
+    arm clip-4x --recipe scenes-clip --train-num-samples 460800
+    run_queue
+    for times in 2x 4x; do table "longer-$times" superclip "clip-$times" --tasks retrieval zeroshot; done
+}
+forms() { # the small study's token loss, and the weight of the term
+    arm superclip-bce --recipe scenes-superclip --token-loss bce --head-input pooled
+    for weight in 0.25 4; do arm "superclip-weight-$weight" --recipe scenes-superclip --token-weight "$weight"; done
+    run_queue
+    for name in superclip-bce superclip-weight-0.25 superclip-weight-4; do
+        table "forms-$name" "$name" clip --tasks retrieval zeroshot
+    done
+}
+photographs() { # Flickr8k, 3 seeds: descriptive
+    : "${FLICKR:?names the folder of Flickr8k in COCO form}"
+    local seeds="0 1 2" name
+    for name in superclip clip; do
+        arm "flickr/$name" --loss "$name" ${head[$name]:-} --train-data "coco:$FLICKR:train" --val-data "coco:$FLICKR:dev" \
+            --model small-vit --resize squash --aug-scale 0.5 1.0 --epochs 5 --warmup 50 --lr 2.5e-4 --save-every 50
+    done
+    run_queue
+    table flickr flickr/superclip flickr/clip
+    # shellcheck disable=SC2046
+    sweep $(of flickr/superclip flickr/clip)
+}
+declare -A head=([superclip]="--head-vocab seen")
+
+began=$SECONDS
+for part in "$@"; do
+    echo "== $part"
+    "$part"
+    echo "   ($((SECONDS - began)) s since the start)"
+done
