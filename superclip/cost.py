@@ -195,14 +195,14 @@ def lines(config: CostConfig, found: list[Stage]) -> list[str]:
                 f"{stage.training / stage.full_training:.0%}",
                 f"{stage.samples:.4g}",
                 f"{stage.total / 1e18:.4g}",
-                f"{stage.hours(rate):,.0f}",
+                _hours(stage.hours(rate)),
             ]
         )
     hours = sum(stage.hours(rate) for stage in found)
     told = [
         *aligned(table, "<" + ">" * (len(table[0]) - 1)),
         "",
-        f"{hours:,.0f} GPU hours, {hours / config.gpus / 24:,.1f} days on {config.gpus} x "
+        f"{_hours(hours)} GPU hours, {hours / config.gpus / 24:,.2g} days on {config.gpus} x "
         f"{config.gpu} ({peak:g} TFLOP/s dense 16-bit) at {config.utilization:.0%} "
         "of the peak; reading pictures, evaluation and the loss come on top",
         "",
@@ -218,6 +218,14 @@ def lines(config: CostConfig, found: list[Stage]) -> list[str]:
         f"whole peak; 8,640 hours are {least / 8640:.0%} of it"
     )
     return told
+
+
+def _hours(hours: float) -> str:
+    """
+    >>> _hours(1234.5), _hours(0.1553)
+    ('1,234', '0.16')
+    """
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def peak_of(gpu: str) -> float:
