@@ -70,11 +70,12 @@ table() { # NAME FIRST SECOND OPTIONS...: one arm against another
         --out "$out/tables/$name.json" --overwrite >"$out/tables/$name.part"
     mv "$out/tables/$name.part" "$out/tables/$name.txt"
 }
-claim() { # NAME [AS] -- CHECKPOINTS: decided once
+claim() { # NAME AS CHECKPOINTS...: decided once; queued
     local name=$1 as=$2
     shift 2
-    python -m interp.hypothesis "research/hypotheses/$name.toml" "$@" --device "$device" --out "$out/claims/$as.json" |
-        tee "$out/claims/$as.txt"
+    mkdir -p "$out/claims"
+    later quietly "$out/claims/$as.txt" python -m interp.hypothesis "research/hypotheses/$name.toml" "$@" \
+        --device "$device" --out "$out/claims/$as.json"
 }
 
 base() {
@@ -85,7 +86,6 @@ base() {
     cat "$out"/tables/base*.txt
 }
 claims() {
-    mkdir -p "$out/claims"
     # shellcheck disable=SC2046
     sweep $(of superclip clip)
     local one
@@ -99,10 +99,11 @@ claims() {
         # shellcheck disable=SC2046
         claim "$name" "$name" --ckpt $(of superclip) --against $(of clip)
     done
+    run_queue
+    cat "$out"/claims/*.txt
 }
 rates() {
     local rate all=(1.5e-4 3e-4 6e-4 1.2e-3)
-    mkdir -p "$out/claims"
     for rate in "${all[@]}"; do
         for name in superclip clip; do arm "rates/$name-$rate" --recipe "scenes-$name" --lr "$rate"; done
     done
@@ -111,6 +112,8 @@ rates() {
     # shellcheck disable=SC2046
     claim learning_rate_sensitivity learning_rate_sensitivity --ckpt $(of "${all[@]/#/rates/superclip-}") \
         --against $(of "${all[@]/#/rates/clip-}")
+    run_queue
+    cat "$out/claims/learning_rate_sensitivity.txt"
 }
 longer() { # is token supervision worth more than training on?
     arm clip-2x --recipe scenes-clip --train-num-samples 230400

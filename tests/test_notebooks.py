@@ -82,6 +82,7 @@ def test_attention_maps(tmp_path, monkeypatch):
     assert "torch.Size([1, 4, 26, 26])" in ran.text and "(4, 4, 25)" in ran.text
 
 
+@pytest.mark.slow
 def test_sweep_and_statistics(tmp_path, monkeypatch):
     ran = Ran("02", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=SUPERCLIP, UNTRAINED=1)
     findings = json.loads((ran.logs / "superclip/sweep/findings.json").read_text())
@@ -91,6 +92,7 @@ def test_sweep_and_statistics(tmp_path, monkeypatch):
     assert f"discovery: {passed} of 16 heads significant at .05 (max-T, 199" in ran.text
 
 
+@pytest.mark.slow
 def test_superclip_beside_clip(tmp_path, monkeypatch):
     ran = Ran("04", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
     assert "heads matched by" in ran.text

@@ -23,7 +23,10 @@ from superclip.training.build import build_run
 from superclip.training.step import train_step
 
 SMALL = {"neuclip": {"npn_num_protos": 20, "npn_restart_iter": 3}}
+ALIKE = {"fastclip-v0", "fastclip-v1", "siglip"}
+"""Whose state is kept as that of others in the quick suite."""
 STATEFUL = sorted(set(LOSS_OPTIONS) - {"clip", "cyclip", "vicreg"})
+RESTARTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in STATEFUL]
 VALUES = {"train_num_samples": 48, "batch_size": 12, "val_data": "scenes:val", "precision": "fp32"}
 
 
@@ -71,7 +74,7 @@ def restarted(name, folder):
             shutil.copy(f"{whole}/{file}", cut)
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", RESTARTED)
 def test_four_steps_equal_two_a_restart_and_two_more(name, tmp_path):
     restarted(name, tmp_path)
     main(words(name, f"{tmp_path}/{name}-cut"))
