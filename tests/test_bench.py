@@ -66,7 +66,9 @@ def test_a_subcommand_prints_its_table_and_writes_every_round(words, bench, tmp_
         assert len(rows[label]["rounds"]) == 2
         for clock in ("wall", "cpu"):
             spread = rows[label][clock]
-            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+            assert spread["min"] <= spread["median"] <= spread["max"]
+            # A share of the saving may be anything in a toy that is measured for moments.
+            assert spread["min"] > 0 or "share of the saving" in label
     assert "1 threads; 2 rounds" in printed and report["machine"]["threads"] == 1
 
 
