@@ -1,7 +1,9 @@
-"""What one model does on the confirm pictures, which no sweep ever scores: the measures that a
-hypothesis file may name.
+"""What one model does on the confirm pictures: the measures that a hypothesis file may name.
 
-Heads are chosen by the sweep's discovery pictures, as everywhere; confirm pictures only judge.
+Of generated scenes the confirm pictures are a split of their own, which no other command reads. Of
+other data they are the fifth, by the hash of their ids, that no sweep scores (superclip.evaluate,
+which retrieves among all held-out pictures, does read them). Heads and learning rates are chosen on
+discovery pictures; confirm pictures only judge.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ from interp.hooked import HookedVisionTransformer
 from interp.stats.intervals import first_held
 from interp.stats.splits import assign_split, strata
 from interp.subject import default_folder, open_pictures, subject_of, trained_ids
+from superclip.config import is_scenes
+from superclip.data.sources import held_out_spec, open_source
 from superclip.errors import UserError
 from superclip.evaluation.measures import Mean, Statistic, Values, Weights
 from superclip.ops.world import choose_device
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
 
 FEWEST = 40
 """Confirm pictures that a decision needs at least."""
+SCENES_READ = 1000
+UNTRAINED = 5
+"""Untrained towers that a contrast needs at least."""
 LAYERS = ("all", "first half", "second half", "last", "all but the last")
 """Where a hypothesis may look for its head."""
 
@@ -57,7 +64,7 @@ class Wanted:
         heads: layers whose best head of discovery is measured. minus: layers (or "untrained") whose
             best head is taken off.
         attention: of the class token, or of the patches.
-        pictures: to look at, before all but confirm are set aside; None as a sweep's.
+        pictures: of confirm; None: 1 000 scenes, or all of other data.
         kinds: of compositional questions.
         share: of its last value, at which a curve counts as there.
     """
@@ -69,6 +76,12 @@ class Wanted:
     pictures: int | None = None
     kinds: tuple[str, ...] = ()
     share: float = 0.5
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What makes two claims ask the same of a model, whatever they expect and of how many
+        pictures."""
+        return {k: v for k, v in asdict(self).items() if k != "pictures"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,10 @@ class Grounding:
 
     values: Float[np.ndarray, "n l h"]
     ids: list[str]
+
+
+class NothingToTell(Exception):
+    """Why a measure says nothing of a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +123,25 @@ class OfMeans(Statistic):
 
     def __call__(self, weights: Weights) -> Values:
         return self.function(weights @ self.values / weights.sum(1, keepdims=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Above(Statistic):
+    """A statistic less a constant."""
+
+    inner: Statistic
+    level: float
+
+    @property
+    def pictures(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.pictures
+
+    @property
+    def queries(self) -> int:
+        return self.inner.queries
+
+    def __call__(self, weights: Weights) -> Values:
+        return self.inner(weights) - self.level
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +218,8 @@ class Confirm:
         results = self.swept.results
         mean = results.metrics["excess"][results.rows("discovery")].astype(np.float64).mean(axis=0)
         within = layers_of(layers, len(mean))
+        if not within.any():
+            raise UserError(f"heads {layers!r}: a tower of {len(mean)} layer(s) has none")
         best = np.where(within[:, None], mean, -np.inf).argmax()
         return Head(*(int(i) for i in np.unravel_index(best, mean.shape)))
 
@@ -191,16 +229,18 @@ class Confirm:
         from superclip.model.factory import build_clip
 
         facts = self.swept.results.manifest["untrained"]
-        if not facts:
+        if len(facts) < UNTRAINED:
             raise UserError(
-                f"{self.swept.folder} has no untrained towers; interp.sweep --overwrite sweeps them"
+                f"{self.swept.folder} has {len(facts)} untrained towers, {UNTRAINED} are needed; "
+                "interp.sweep --overwrite sweeps them"
             )
         best = max(facts, key=lambda f: f["discovery_excess"])
         subject, head = self.subject, Head.parse(best["head"])
         clip = build_clip(subject.model_config, best["seed"], subject.init_scale).eval()
         visual = clip.visual.to(choose_device(self.config.device))
         found = self.ground(HookedVisionTransformer(visual))
-        return found.values[:, head.layer, head.index], f"{head} of seed {best['seed']}"
+        told = f"{head} of seed {best['seed']}, best of {len(facts)} untrained towers"
+        return found.values[:, head.layer, head.index], told
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -238,10 +278,16 @@ def open_confirm(found: Checkpoint, wanted: Wanted, config: HypothesisConfig) ->
     """
     assert found.config is not None
     run = found.config.data
-    source, rows = open_pictures(None, None, None, wanted.pictures, run)
-    trained = trained_ids(run, False)
-    keys = source.keys
+    held_out = run.val_data or held_out_spec(run.train_data)
+    if is_scenes(held_out):
+        source = open_source("scenes:confirm", wanted.pictures or SCENES_READ, run.data_seed, True)
+        return Confirm(found, source, list(range(source.num_images)), wanted, config)
+    source, rows = open_pictures(None, None, None, None, run)
+    trained, keys = trained_ids(run, False), source.keys
     mine = [row for row in rows if assign_split(keys[row]) == "confirm"]
+    if wanted.pictures is not None and wanted.pictures > len(mine):
+        raise UserError(f"{source.name} has {len(mine)} confirm pictures, not {wanted.pictures}")
+    mine = mine[: wanted.pictures]
     if both := [keys[row] for row in mine if keys[row] in trained]:
         raise UserError(f"{found.path} was trained on {len(both)} confirm pictures, as {both[0]}")
     if len(mine) < FEWEST:
@@ -253,6 +299,28 @@ def pictures_sha256(asked: Confirm) -> str:
     """Of the confirm pictures' ids and their data."""
     ids = [asked.source.keys[row] for row in asked.rows]
     return hashlib.sha256("\n".join([asked.source.digest, *ids]).encode()).hexdigest()
+
+
+def grounding_sha256(asked: Confirm) -> str | None:
+    """Of the pictures that a measure of grounding kept; None if none was taken."""
+    if "grounding" not in vars(asked):
+        return None
+    return hashlib.sha256("\n".join(asked.grounding.ids).encode()).hexdigest()
+
+
+def _grounded(one: Confirm) -> Float[np.ndarray, "n l"]:
+    """Mean excess of each layer's heads.
+
+    Raises:
+        NothingToTell: if their mean is not above 0 beyond doubt: where there is no grounding, there
+            is none to lie early or late.
+    """
+    layers = one.grounding.values.mean(axis=2)
+    whole = layers.mean(axis=1)
+    if whole.mean() <= 3 * whole.std(ddof=1) / np.sqrt(len(whole)):
+        name = one.found.path.parent.name
+        raise NothingToTell(f"{name} does not ground: mean excess {whole.mean():.4f}")
+    return layers
 
 
 def excess(models: Sequence[Confirm]) -> tuple[Statistic, str]:
@@ -272,16 +340,12 @@ def excess(models: Sequence[Confirm]) -> tuple[Statistic, str]:
 
 def depth(models: Sequence[Confirm]) -> tuple[Statistic, str]:
     """Where in depth the grounding lies: mean of (layer + 1) / layers, weighted by each layer's
-    mean excess over its heads, negative ones as 0."""
+    mean excess over its heads."""
     (one,) = models
-    layers = one.grounding.values.mean(axis=2)
+    layers = _grounded(one)
     place = np.arange(1, layers.shape[1] + 1) / layers.shape[1]
-
-    def centre(means: np.ndarray) -> np.ndarray:
-        weight = np.maximum(means, 0)
-        return weight @ place / np.maximum(weight.sum(-1), 1e-12)
-
-    return OfMeans(layers, centre), "all heads"
+    told = "layers " + " ".join(f"{mean:.3f}" for mean in layers.mean(0))
+    return OfMeans(layers, lambda means: means @ place / means.sum(-1)), told
 
 
 def onset(models: Sequence[Confirm]) -> tuple[Statistic, str]:
@@ -291,13 +355,16 @@ def onset(models: Sequence[Confirm]) -> tuple[Statistic, str]:
     from superclip.model.weights import load_checkpoint
 
     (one,) = models
+    if one.found.path.name != "final_epoch.pt":
+        raise UserError(f"{one.found.path}: name final_epoch.pt, which stands for its run's course")
+    _grounded(one)
     curves: dict[int, np.ndarray] = {}
     for step, path in numbered(one.found.path.parent / "*.pt"):
         if step not in curves:  # the last step may end an epoch
             other = replace(one, found=load_checkpoint(path))
             curves[step] = other.grounding.values.mean(axis=(1, 2))
     steps = np.array([0.0, *curves])
-    told = f"all heads, {len(curves)} checkpoints"
+    told = f"checkpoints at {' '.join(map(str, curves))}"
     return OfMeans(np.stack([*curves.values()], 1), _reached(steps, one.wanted.share)), told
 
 
@@ -317,7 +384,7 @@ def _reached(steps: np.ndarray, share: float) -> Callable[[np.ndarray], np.ndarr
 
 def causal(models: Sequence[Confirm]) -> tuple[Statistic, str]:
     """Loss of contrastive margin under mean ablation of the head that discovery chose, less the
-    mean loss over all other heads."""
+    mean loss over the other heads of its layer."""
     from interp.causal.ablation import contrastive_margin
     from interp.causal.sweep import ablated_embeddings
     from interp.causal.units import Ablation, every, mean_activations
@@ -340,13 +407,24 @@ def causal(models: Sequence[Confirm]) -> tuple[Statistic, str]:
 
     intact = margin(found.intact)
     losses = np.stack([intact - margin(features) for features in found.features[0]], 1)
-    mine = [unit.heads[0] for unit in units].index(head)
-    others = np.delete(losses, mine, axis=1).mean(axis=1)
-    return _mean(losses[:, mine] - others), str(head)
+    heads = [unit.heads[0] for unit in units]
+    if swept.tower.cfg.n_heads < 2:
+        raise UserError("causal compares with the other heads of a layer; here is one a layer")
+    layer = np.array([h.layer for h in heads])
+    lead = np.empty_like(losses)
+    for k in range(len(heads)):
+        beside = (layer == layer[k]) & (np.arange(len(heads)) != k)
+        lead[:, k] = losses[:, k] - losses[:, beside].mean(axis=1)
+    passes = int((lead.mean(0) > 1.96 * lead.std(0, ddof=1) / np.sqrt(len(lead))).sum())
+    mine = heads.index(head)
+    place = int((losses.mean(0) > losses[:, mine].mean()).sum()) + 1
+    told = f"{head}, number {place} of {len(heads)} by loss"
+    told += f"; {passes} heads cost more than the rest of their layer"
+    return _mean(lead[:, mine]), told
 
 
 def binding(models: Sequence[Confirm]) -> tuple[Statistic, str]:
-    """Mean over kinds of compositional question of the share answered right (chance .5)."""
+    """Mean over kinds of compositional question of the share answered right, above chance (.5)."""
     from superclip.data.scene_checks import KINDS, scene_checks
     from superclip.data.scenes import Scenes
     from superclip.evaluation.compositional import compositional
@@ -360,25 +438,52 @@ def binding(models: Sequence[Confirm]) -> tuple[Statistic, str]:
     mine, every = set(one.rows), scene_checks(one.source)
     items = tuple(i for i in every.items if i.row in mine and i.category in kinds)
     found = compositional(one.found.model, one.encoder, replace(every, items=items))
-    (mean,) = (m for m in found.measures if m.name == "mean over categories")
-    return mean.statistic, f"{len(items)} questions"
+    (mean,) = (m.statistic for m in found.measures if m.name == "mean over categories")
+    return Above(mean, 0.5), f"{len(items)} questions"
 
 
 def sensitivity(models: Sequence[Confirm]) -> tuple[Statistic, str]:
-    """How much the choice of the learning rate matters: image-to-text R@1 at the best of the rates
-    given, less its mean over them."""
+    """How much the learning rate matters: image-to-text R@1 at the best rate, less its mean at half
+    and at twice of it. `models` are those three, the best one first (see `best_rate`)."""
+    columns = [_hits(one, one.source, one.rows) for one in models]
+    rates = " ".join(f"{one.found.config.lr:g}" for one in models if one.found.config)
+    return _mean(columns[0] - (columns[1] + columns[2]) / 2), f"best, half, twice: {rates}"
+
+
+def best_rate(side: Mapping[float, Sequence[Confirm]]) -> tuple[float, float, float]:
+    """The rate of highest mean R@1 over seeds, on discovery pictures; with its half and its double.
+
+    Raises:
+        UserError: if those two are not among the rates.
+    """
+    scores = {rate: float(np.mean([_discovery(one) for one in own])) for rate, own in side.items()}
+    best = max(scores, key=lambda rate: scores[rate])
+    near = [next((r for r in scores if abs(r / (best * f) - 1) < 0.01), None) for f in (0.5, 2)]
+    if near[0] is None or near[1] is None:
+        told = ", ".join(f"{rate:g}: {100 * score:.1f}" for rate, score in sorted(scores.items()))
+        raise UserError(
+            f"the best learning rate is {best:g} (R@1 on discovery: {told}); half and twice of it "
+            "must be given, too"
+        )
+    return best, near[0], near[1]
+
+
+def _discovery(one: Confirm) -> float:
+    """R@1 on the discovery pictures of a sweep."""
+    assert one.found.config is not None
+    source, rows = open_pictures(None, None, None, None, one.found.config.data)
+    mine = [row for row in rows if assign_split(source.keys[row]) == "discovery"]
+    return float(_hits(one, source, mine).mean())
+
+
+def _hits(one: Confirm, source: Source, rows: Sequence[int]) -> Float[np.ndarray, " n"]:
+    """Whether each picture's first caption is its own."""
     from superclip.evaluation.retrieval import retrieve
 
-    if len(models) < 2:
-        raise UserError("sensitivity needs checkpoints at two or more learning rates of each seed")
-    columns = []
-    for one in models:
-        found = retrieve(one.found.model, one.encoder, one.source, rows=one.rows)
-        (hits,) = (m.statistic for m in found.measures if m.name == "image-to-text R@1")
-        assert isinstance(hits, Mean)
-        columns.append(hits.sums / np.maximum(hits.counts, 1))
-    rates = ", ".join(f"{one.found.config.lr:g}" for one in models if one.found.config)
-    return OfMeans(np.stack(columns, 1), lambda m: m.max(-1) - m.mean(-1)), f"rates {rates}"
+    found = retrieve(one.found.model, one.encoder, source, rows=rows)
+    (hits,) = (m.statistic for m in found.measures if m.name == "image-to-text R@1")
+    assert isinstance(hits, Mean)
+    return hits.sums / np.maximum(hits.counts, 1)
 
 
 def _mean(values: np.ndarray) -> Mean:
@@ -405,10 +510,10 @@ class Measured:
 
 MEASURES: Mapping[str, Measured] = {
     "excess": Measured(excess, "excess", "0", ("heads", "minus", "attention")),
-    "depth": Measured(depth, "of the depth", "none: the sides compare", ("attention",)),
-    "onset": Measured(onset, "steps", "none: the sides compare", ("attention", "share")),
-    "causal": Measured(causal, "margin", "0", ("heads", "attention")),
-    "binding": Measured(binding, "share right", ".5", ("kinds",)),
+    "depth": Measured(depth, "of the depth", "none", ("attention",)),
+    "onset": Measured(onset, "steps", "none", ("attention", "share")),
+    "causal": Measured(causal, "margin", "0, of a head like its layer's", ("heads", "attention")),
+    "binding": Measured(binding, "share right above .5", "0", ("kinds",)),
     "sensitivity": Measured(sensitivity, "R@1", "0", rates=True),
 }
 

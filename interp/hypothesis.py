@@ -51,6 +51,7 @@ class Hypothesis:
         wanted: what is measured.
         losses: that --ckpt and, where two sides compare, --against were trained with; None for
             any. With two of them the value is that of the first minus that of the second.
+        differs: options in which two sides may differ, beside loss, its own options and rate.
         why: of the margin, and whatever a reader should know.
         sha256: of the file.
     """
@@ -60,6 +61,7 @@ class Hypothesis:
     margin: float
     wanted: Wanted
     losses: tuple[str | None, ...]
+    differs: tuple[str, ...]
     why: str
     sha256: str
 
@@ -92,28 +94,33 @@ def read_hypothesis(path: Path) -> Hypothesis:
     Raises:
         UserError: naming the key that is missing, unknown, idle or of the wrong kind.
     """
-    from interp.confirm import LAYERS, MEASURES, Wanted
+    from interp.confirm import FEWEST, LAYERS, MEASURES, Wanted
 
     try:
         data = path.read_bytes()
         held = tomllib.loads(data.decode())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} is no hypothesis file: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no hypothesis file: {str(error)[:200]}") from None
 
     def take(key: str, kind: type, default: Any = None) -> Any:
         value = held.pop(key, default)
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or (kind is str and not value):
-            raise UserError(f"{path}: {key} must be given, as {kind.__name__}; it is {value!r}")
+        if kind is float and type(value) is int and abs(value) < 1e9:
+            value = float(value)
+        empty = isinstance(value, str) and not (value.strip() and value.isprintable())
+        if type(value) is not kind or empty:
+            told = f"{value!r}"[:80]
+            raise UserError(f"{path}: {key} must be given, as {kind.__name__}; it is {told}")
         return value
 
-    if (schema := held.pop("schema", None)) != SCHEMA:
+    if type(schema := held.pop("schema", None)) is not int or schema != SCHEMA:
         raise UserError(f"{path} is of schema {schema}; this version reads schema {SCHEMA}")
     claim, test, why = take("claim", str), take("test", str), take("why", str)
     margin, measure = take("margin", float), take("measure", str)
     losses: tuple[str | None, ...] = (None,)
     if "first" in held or "second" in held:
-        losses = tuple(take(key, str) for key in ("first", "second") if key in held)
+        first = take("first", str)
+        losses = (first, take("second", str)) if "second" in held else (first,)
+    differs = take("differs", list, []) if len(losses) == 2 else []
     if measure not in MEASURES:
         raise UserError(f"{path}: measure {measure!r} is unknown; {nearest(measure, MEASURES)}")
     options: dict[str, Any] = {}
@@ -127,6 +134,9 @@ def read_hypothesis(path: Path) -> Hypothesis:
             f"{path}: {next(iter(held))!r} is nothing that {measure} reads (it reads "
             f"{', '.join(known)})"
         )
+    kinds = options.get("kinds", ["any"])
+    if not kinds or not all(type(k) is str for k in kinds) or len({*kinds}) < len(kinds):
+        raise UserError(f"{path}: kinds must name some, each once; it is {kinds!r}"[:200])
     options["kinds"] = tuple(options.get("kinds", ()))
     wanted = Wanted(measure, **options)
     for key, value, allowed in (
@@ -143,9 +153,12 @@ def read_hypothesis(path: Path) -> Hypothesis:
         raise UserError(f"{path}: margin {margin} must be finite, and above 0 for test 'within'")
     if not 0 < wanted.share < 1:
         raise UserError(f"{path}: share {wanted.share} must lie between 0 and 1")
-    if wanted.pictures is not None and not 200 <= wanted.pictures <= 10**7:
-        raise UserError(f"{path}: pictures {wanted.pictures} must lie in 200..10^7")
-    return Hypothesis(claim, test, margin, wanted, losses, why, hashlib.sha256(data).hexdigest())
+    if wanted.pictures is not None and not FEWEST <= wanted.pictures <= 10**7:
+        raise UserError(f"{path}: pictures {wanted.pictures} must lie in {FEWEST}..10^7")
+    if wanted.minus == wanted.heads:
+        raise UserError(f"{path}: heads and minus are both {wanted.minus!r}; nothing is left")
+    digest = hashlib.sha256(data).hexdigest()
+    return Hypothesis(claim, test, margin, wanted, losses, tuple(differs), why, digest)
 
 
 def main(argv: list[str]) -> None:
@@ -166,6 +179,7 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
             pictures.
     """
     from interp.confirm import default_result
+    from superclip.training.folder import commit
 
     assert config.file is not None
     hypothesis = read_hypothesis(config.file)
@@ -174,57 +188,136 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
         needs = "compares two sides: give --against" if two else "is of one side: leave --against"
         raise UserError(f"{config.file} {needs}")
     path = config.out or default_result(config.ckpt[0], config.file.stem)
+    if config.exploratory:
+        path = path.with_name(f"{path.stem}-exploratory.json")
     check_writable(path, "--out")
     flags = "--ckpt", "--against"
     sides = [_open_side(*s, hypothesis) for s in zip(config.sides, flags, hypothesis.losses)]
+    if two:
+        _refuse_unlike(sides[0][0][0], sides[1][0][0], hypothesis)
+    checkpoints = [[c for seed in side for c in seed] for side in sides]
     asked = {
         "file_sha256": hypothesis.sha256,
-        "checkpoints": [[c.sha256 for seed in side for c in seed] for side in sides],
+        "checkpoints": [[c.sha256 for c in side] for side in checkpoints],
+        "beside": [[_beside(c, hypothesis) for c in side] for side in checkpoints],
         "draws": config.draws,
     }
-    changed = None
-    if path.exists():
+    if path.exists() and not config.exploratory:
         held = _held(path)
         if held["asked"] == asked:
             return held, path
-        changed = _refuse_other(held, asked, path, config)
+        _refuse_other(held, asked, path, config)
+    ledgers = dict.fromkeys(c.path.parent / LEDGER for side in checkpoints for c in side)
+    mine = {c.sha256 for side in checkpoints for c in side}
+    before = [look for ledger in ledgers for look in _looks(ledger) if look["checkpoint"] in mine]
+    same = [look for look in before if look["question"] == hypothesis.wanted.question]
+    if same and not config.exploratory:
+        raise UserError(
+            f"these models' confirm pictures have answered {hypothesis.wanted.measure} of these "
+            f"heads before ({LEDGER} beside them: {same[-1]['decision']}, file sha256 "
+            f"{same[-1]['file_sha256'][:12]}); whatever is asked again is exploratory: "
+            "--exploratory decides it and says so"
+        )
     report = {
         "schema": SCHEMA,
         "asked": asked,
         "exploratory": config.exploratory,
-        "changed_since": changed,
+        "before": [{k: look[k] for k in ("file_sha256", "decision")} for look in same],
+        "claim_number": 1 + len({look["file_sha256"] for look in before} - {hypothesis.sha256}),
+        "commit": commit(),
     }
     report |= decide(hypothesis, sides, config)
     replace_text(path, json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    look = {"question": hypothesis.wanted.question, "file_sha256": hypothesis.sha256}
+    look |= {"decision": report["decision"], "exploratory": config.exploratory}
+    for one in (c for side in checkpoints for c in side):
+        with (one.path.parent / LEDGER).open("a") as file:
+            file.write(json.dumps(look | {"checkpoint": one.sha256}) + "\n")
     return report, path
+
+
+LEDGER = "confirm.jsonl"
+"""Beside every checkpoint: what its confirm pictures have answered, one line a look."""
+
+
+def _looks(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = {"question", "file_sha256", "decision", "checkpoint"}
+        if not all(kept <= {*look} for look in found):
+            raise ValueError("a line is not whole")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} can't be read ({error}); it tells what was looked at before, so mend it"
+        ) from None
+    return [
+        look | {"question": look["question"] | {"kinds": tuple(look["question"]["kinds"])}}
+        for look in found
+    ]
+
+
+def _beside(checkpoint: Checkpoint, hypothesis: Hypothesis) -> list[str]:
+    """What decides the number beside the weights: the sweep that chooses, and for a course the
+    checkpoints that it goes through."""
+    from interp.subject import default_folder
+    from superclip.model.weights import file_sha256, resumable
+
+    path, found = checkpoint.path, []
+    if {"heads", "minus"} & {*_options(hypothesis)}:
+        sweep = default_folder(path, hypothesis.wanted.attention) / "results.json"
+        found += [file_sha256(sweep)] if sweep.is_file() else []
+    if hypothesis.wanted.measure == "onset":
+        found += [f"{p.name} {p.stat().st_size}" for p in resumable(path.parent)]
+    return found
+
+
+def _options(hypothesis: Hypothesis) -> tuple[str, ...]:
+    from interp.confirm import MEASURES
+
+    return MEASURES[hypothesis.wanted.measure].options
+
+
+def _refuse_unlike(one: Checkpoint, other: Checkpoint, hypothesis: Hypothesis) -> None:
+    """Raises UserError for an option in which two sides may not differ."""
+    from superclip.config import differences
+
+    assert one.config is not None and other.config is not None
+    free = {"loss", "lr", "seed", *hypothesis.differs}
+    found = differences(one.config, other.config)
+    if odd := [line for line in found if line.partition(":")[0] not in free]:
+        raise UserError(
+            f"the sides differ in {odd[0]}; the claim is of losses alone (its file may list more: "
+            f"differs = [{odd[0].partition(':')[0]!r}])"
+        )
 
 
 def _held(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text())
-        if held["schema"] != SCHEMA or "asked" not in held:
+        if held["schema"] != SCHEMA:
             raise ValueError(f"schema {held['schema']}")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        lines(held)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no result of this version ({error}); --out FILE") from None
     return held
 
 
 def _refuse_other(
     held: dict[str, Any], asked: dict[str, Any], path: Path, config: HypothesisConfig
-) -> str | None:
-    """The hash of the file before it was changed, if --exploratory allows that."""
+) -> None:
+    """Raises UserError: a result stands there, of another claim or of other models."""
     before, now = held["asked"]["file_sha256"], asked["file_sha256"]
     if before == now:
         raise UserError(
-            f"{path} decided this claim on other checkpoints or draws; name another --out"
+            f"{path} decided this claim on other checkpoints, sweeps or draws; name another --out"
         )
-    if not config.exploratory:
-        raise UserError(
-            f"{config.file} was changed after {path} decided it (sha256 {before[:12]} then, "
-            f"{now[:12]} now): a claim made after a look at the answer is exploratory; "
-            "--exploratory decides it and says so"
-        )
-    return str(before)
+    raise UserError(
+        f"{config.file} was changed after {path} decided it (sha256 {before[:12]} then, "
+        f"{now[:12]} now): a claim made after a look at the answer is exploratory; "
+        "--exploratory decides it and says so"
+    )
 
 
 def _open_side(
@@ -255,6 +348,7 @@ def _open_side(
         column.sort(key=lambda c: c.config.seed if c.config else 0)
         seeds_of_one_recipe(column, flag)
         columns.append(column)
+        _refuse_unlike(columns[0][0], column[0], hypothesis)
     seeds = [[c.config.seed for c in column if c.config] for column in columns]
     if any(other != seeds[0] for other in seeds):
         raise UserError(f"{flag}: give the same seeds at every learning rate; they are {seeds}")
@@ -265,60 +359,100 @@ def decide(
     hypothesis: Hypothesis, sides: Sequence[list[list[Checkpoint]]], config: HypothesisConfig
 ) -> dict[str, Any]:
     """Measure every model on its confirm pictures, and decide."""
-    from interp.confirm import MEASURES
+    from interp.confirm import MEASURES, NothingToTell
     from superclip.evaluation.tasks import share_initial_weights
 
     measure = MEASURES[hypothesis.wanted.measure]
-    told: list[list[str]] = []
-    arms: list[list[Measure]] = []
-    pictures: dict[str, Any] = {}
-    for side in sides:
-        said, arm = [], []
-        for seed in side:
-            found, what, identity = _measured(seed, hypothesis, config)
-            for key, value in identity.items():
-                if pictures.setdefault(key, value) != value:
-                    raise UserError(f"{seed[0].path} is of other confirm pictures; name one data")
-            said.append(what)
-            arm.append(found)
-        told.append(said)
-        arms.append(arm)
-    paired = len(sides) == 2 and share_initial_weights(*([s[0] for s in side] for side in sides))
-    found = compared(arms, hypothesis, config.draws, paired)
-    few = 1 < min(map(len, arms)) < SEEDS or (len(arms) == 2 and min(map(len, arms)) < SEEDS)
-    decision: Decision = "not decided" if few else hypothesis.decide(found.low, found.high)
-    return {
+    models = [[_facts(c) for seed in side for c in seed] for side in sides]
+    report: dict[str, Any] = {
         "hypothesis": {k: v for k, v in asdict(hypothesis).items() if k != "sha256"},
         "rule": hypothesis.rule,
         "unit": measure.unit,
-        "chance": measure.chance,
-        "models": [[_facts(c) for seed in side for c in seed] for side in sides],
+        "chance": "0" if len(sides) == 2 else measure.chance,
+        "models": models,
+        "seeds": [len(side) for side in sides],
+    }
+    if measure.rates:
+        sides = [_best_and_neighbours(side, hypothesis, config) for side in sides]
+    told: list[list[str]] = []
+    arms: list[list[Measure]] = []
+    pictures: dict[str, Any] = {}
+    try:
+        for side in sides:
+            said, arm = [], []
+            for seed in side:
+                found, what, identity = _measured(seed, hypothesis, config)
+                for key, value in identity.items():
+                    if pictures.setdefault(key, value) != value:
+                        raise UserError(f"{seed[0].path} is of other confirm pictures ({key})")
+                said.append(what)
+                arm.append(found)
+            told.append(said)
+            arms.append(arm)
+    except NothingToTell as error:
+        return report | {"decision": "not decided", "nothing": str(error)}
+    paired = len(sides) == 2 and share_initial_weights(*([s[0] for s in side] for side in sides))
+    found = compared(arms, hypothesis, config.draws, paired)
+    least = min(map(len, arms))
+    few = least < SEEDS and (least > 1 or len(arms) == 2)
+    sure = found.high - found.low > 1e-12
+    decision: Decision = "not decided"
+    if sure and not few:
+        decision = hypothesis.decide(found.low, found.high)
+    return report | {
         "of": told,
         "values": [[m.statistic.value for m in arm] for arm in arms],
         "pictures": pictures,
-        "seeds": [len(arm) for arm in arms],
         "paired": paired,
         **{k: getattr(found, k) for k in ("value", "low", "high", "freedom", "detectable")},
-        "test": "paired bootstrap over pictures" if found.freedom is None else found.test,
+        "test": "bootstrap over pictures" if found.freedom is None else found.test,
         "power": chance_of_verdict(hypothesis, found),
         "too_few_seeds": few,
+        "no_spread": not sure,
         "decision": decision,
     }
+
+
+def _best_and_neighbours(
+    side: list[list[Checkpoint]], hypothesis: Hypothesis, config: HypothesisConfig
+) -> list[list[Checkpoint]]:
+    """Of each seed the model at the side's best rate, at half and at twice of it."""
+    from interp.confirm import best_rate, open_confirm
+    from superclip.model.weights import load_checkpoint
+
+    by_rate: dict[float, list[Confirm]] = {}
+    for one in (c for seed in side for c in seed):
+        assert one.config is not None
+        opened = open_confirm(load_checkpoint(one.path), hypothesis.wanted, config)
+        by_rate.setdefault(one.config.lr, []).append(opened)
+    rates = best_rate(by_rate)
+    return [
+        [next(c for c in seed if c.config and c.config.lr == rate) for rate in rates]
+        for seed in side
+    ]
 
 
 def _measured(
     seed: Sequence[Checkpoint], hypothesis: Hypothesis, config: HypothesisConfig
 ) -> tuple[Measure, str, dict[str, Any]]:
     """The measure of one seed's model(s), what it is of, and which pictures it saw."""
-    from interp.confirm import MEASURES, open_confirm, pictures_sha256
+    from interp.confirm import FEWEST, MEASURES, grounding_sha256, open_confirm, pictures_sha256
     from superclip.evaluation.measures import Measure
     from superclip.model.weights import load_checkpoint
 
     wanted = hypothesis.wanted
     models: list[Confirm] = [open_confirm(load_checkpoint(c.path), wanted, config) for c in seed]
     statistic, told = MEASURES[wanted.measure].of(models)
+    if statistic.pictures < FEWEST:
+        raise UserError(
+            f"{models[0].source.name}: {statistic.pictures} confirm pictures can be asked this; "
+            f"{FEWEST} are needed: the file may say pictures = N"
+        )
     identity = {"sha256": pictures_sha256(models[0]), "data": models[0].source.name}
     identity |= {"confirm": len(models[0].rows), "n": statistic.pictures}
+    identity |= {"kept": grounding_sha256(models[0])}
+    if wanted.measure == "onset":
+        identity |= {"course": told}
     for one in models:
         one.found.model.to("meta")
     return Measure(wanted.measure, statistic, 0.0, percent=False), told, identity
@@ -345,19 +479,19 @@ def compared(
     return compare(first, second, paired or len(arms) == 1, abs(hypothesis.margin), draws)
 
 
-def chance_of_verdict(hypothesis: Hypothesis, found: Difference) -> float | None:
-    """What this test can tell: for `within`, the chance that a true value of 0 is supported; else
-    the chance that a true value of 0 is refuted, where the margin is not 0."""
+def chance_of_verdict(hypothesis: Hypothesis, found: Difference) -> tuple[float, str] | None:
+    """Which verdict a true value of 0 would get, and with what chance; None where the margin is 0,
+    or nothing varies."""
     from scipy.stats import norm, t
 
-    half = (found.high - found.low) / 2
-    if half <= 0 or (hypothesis.test != "within" and hypothesis.margin == 0):
+    half, way = (found.high - found.low) / 2, hypothesis.decide(0.0, 0.0)
+    if half <= 1e-12 or way == "not decided":
         return None
     if hypothesis.test != "within":
-        return found.power
+        return None if found.power is None else (found.power, way)
     law = norm if found.freedom is None else t(found.freedom)
     error = half / float(law.ppf(0.975))
-    return max(0.0, 2 * float(law.cdf((hypothesis.margin - half) / error)) - 1)
+    return max(0.0, 2 * float(law.cdf((hypothesis.margin - half) / error)) - 1), way
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -375,44 +509,53 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """A result as text."""
-    held, unit, digits = report["hypothesis"], report["unit"], 4
-    if report["unit"] == "steps":
-        digits = 0
-    number = f".{digits}f"
+    held, unit = report["hypothesis"], report["unit"]
     told = [held["claim"], f"  claimed: {report['rule']} (chance: {report['chance']})"]
+    if nothing := report.get("nothing"):
+        told.append(f"NOT DECIDED ({nothing})")
+        return [*told, *_last_lines(report)]
+    digits = 0 if unit == "steps" else 4
+    number = f".{digits}f"
     for name, models, values, what in zip(
         ("first", "second"), report["models"], report["values"], report["of"]
     ):
         rates = sorted({m["lr"] for m in models})
         recipe = f"{models[0]['loss']} {models[0]['model']} lr {', '.join(f'{r:g}' for r in rates)}"
-        side = f"{name}: {recipe}" if len(report["models"]) > 1 else recipe
-        shown = ", ".join(f"{v:{number}} ({w})" for v, w in zip(values, what))
-        told.append(f"  {side}: {shown}")
-    n, seeds = report["pictures"]["n"], report["seeds"]
+        told.append(f"  {name}: {recipe}" if len(report["models"]) > 1 else f"  {recipe}")
+        told += [f"    {v:{number}} ({w})" for v, w in zip(values, what)]
+    pictures, seeds = report["pictures"], report["seeds"]
     band = f"{report['value']:{number}} [{report['low']:{number}}, {report['high']:{number}}]"
     told.append(
-        f"  {band} {unit}, n = {n} confirm pictures of {report['pictures']['data']}, "
+        f"  {band} {unit}, n = {pictures['n']} confirm pictures of {pictures['data']}, "
         f"{' and '.join(map(str, seeds))} seed(s), {report['test']}"
     )
-    if report["detectable"]:
+    if report["detectable"] and held["test"] != "within":
         told.append(
             f"  a true value {report['detectable']:.{max(digits, 1)}f} {unit} beyond the margin "
             "would be told in 8 of 10 such tests"
         )
     if report["power"] is not None:
-        way = "supported" if held["test"] == "within" else "refuted"
-        told.append(f"  a true value of 0 would be {way} with chance {report['power']:.2f}")
+        chance, way = report["power"]
+        told.append(f"  a true value of 0 would be {way} with chance {chance:.2f}")
     why = ""
     if report["too_few_seeds"]:
         why = f" ({min(seeds)} seed(s) a side; {SEEDS} are the least that decide: descriptive)"
+    elif report["no_spread"]:
+        why = " (nothing varies, so that nothing is known of the error)"
     elif seeds == [1]:
         why = " (of this checkpoint; nothing is said of its recipe)"
-    told.append(f"{report['decision'].upper()}{why}")
+    return [*told, f"{report['decision'].upper()}{why}", *_last_lines(report)]
+
+
+def _last_lines(report: dict[str, Any]) -> list[str]:
+    told = []
     if report["exploratory"]:
-        since = report["changed_since"]
-        changed = f"; the file was changed since a result (sha256 {since[:12]})" if since else ""
-        told.append(f"EXPLORATORY: the claim may have followed a look at the answer{changed}")
+        looks = [f"{look['decision']}, {look['file_sha256'][:12]}" for look in report["before"]]
+        seen = f"; these pictures answered before: {'; '.join(looks)}" if looks else ""
+        told.append(f"EXPLORATORY: the claim may have followed a look at the answer{seen}")
+    number = report["claim_number"]
     told.append(f"file sha256 {report['asked']['file_sha256'][:12]}")
+    told.append(f"claim {number} on these models' confirm pictures, each at 5 %")
     return told
 
 

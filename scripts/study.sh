@@ -20,8 +20,18 @@ for part in "$@"; do
     case $part in base | claims | rates | longer | forms | photographs) ;;
     *) echo "error: $part is no part; there are base claims rates longer forms photographs" >&2 && exit 2 ;; esac
 done
+case $out in base | claims | rates | longer | forms | photographs)
+    echo "error: $out is a part; name a folder before it: scripts/study.sh FOLDER $out" >&2 && exit 2 ;; esac
+if [[ " $* " == *" photographs "* && ! -d ${FLICKR:-} ]]; then
+    echo "error: photographs needs FLICKR=FOLDER, Flickr8k in COCO form" >&2 && exit 2
+fi
 mkdir -p "$out/tables"
 seeds=${SEEDS:-0 1 2 3 4 5}
+study="seeds $seeds; options ${OPTIONS:-none}"
+[ -e "$out/study.txt" ] || echo "$study" >"$out/study.txt"
+if [ "$(cat "$out/study.txt")" != "$study" ]; then
+    echo "error: $out is a study of other SEEDS or OPTIONS ($(cat "$out/study.txt")); name another folder" >&2 && exit 2
+fi
 read -ra options <<<"${OPTIONS:-}"
 queue=() # commands that run side by side
 
@@ -29,13 +39,19 @@ later() { queue+=("$(printf '%q ' "$@")"); }
 run_queue() { # all of them, or the first error, with the end of its log
     [ ${#queue[@]} -eq 0 ] && return
     echo "   ${#queue[@]} commands, $jobs at a time"
-    printf '%s\0' "${queue[@]}" | xargs -0 -P "$jobs" -I{} bash -c '{} || exit 255'
+    local failed=0
+    printf '%s\0' "${queue[@]}" | xargs -0 -P "$jobs" -I{} bash -c '{} || exit 255' || failed=1
+    [ $failed -eq 0 ] || { echo "error: a command failed; its log is named above" >&2 && exit 1; }
     queue=()
 }
 quietly() { # LOG COMMAND...
     local log=$1
     shift
-    "$@" >"$log" 2>&1 || { tail -n 3 "$log" >&2 && return 1; }
+    if "$@" >"$log.part" 2>&1; then mv "$log.part" "$log"; else
+        echo "$log.part:" >&2
+        tail -n 3 "$log.part" >&2
+        return 1
+    fi
 }
 export -f quietly
 train() { # NAME SEED OPTIONS...: queued
@@ -130,7 +146,6 @@ forms() { # the small study's token loss, and the weight of the term
     done
 }
 photographs() { # Flickr8k, 3 seeds: descriptive
-    : "${FLICKR:?names the folder of Flickr8k in COCO form}"
     local seeds="0 1 2" name
     for name in superclip clip; do
         arm "flickr/$name" --loss "$name" ${head[$name]:-} --train-data "coco:$FLICKR:train" --val-data "coco:$FLICKR:dev" \

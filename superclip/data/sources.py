@@ -14,7 +14,7 @@ import numpy as np
 from superclip.data.batch import Record, Source
 from superclip.errors import UserError, nearest
 
-SCENE_SPLITS = ("train", "val", "test", "tune")
+SCENE_SPLITS = ("train", "val", "test", "tune", "confirm")
 SCENES_TRAIN, SCENES_HELD_OUT = 115_200, 2_000
 
 

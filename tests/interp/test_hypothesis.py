@@ -2,20 +2,25 @@
 confirm pictures, and that a claim changed after its answer is told."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused
 
+from interp import confirm
 from interp.causal.ablation import ablate, contrastive_margin
 from interp.causal.units import mean_activations
 from interp.config import HypothesisConfig, OfSweep
 from interp.confirm import (
     MEASURES,
     Grounding,
+    NothingToTell,
     OfMeans,
     Wanted,
     _reached,
@@ -24,11 +29,13 @@ from interp.confirm import (
     open_confirm,
 )
 from interp.heads import Head
-from interp.hypothesis import SEEDS, compared, decide_one, main, read_hypothesis
+from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main, read_hypothesis
 from interp.results import SweepResults
 from interp.stats.splits import assign_split
 from interp.sweep import main as sweep
 from interp.swept import open_swept
+from superclip.data.scenes import Scenes
+from superclip.data.shard_writer import write_shards
 from superclip.errors import UserError
 from superclip.evaluation.measures import Mean, Measure
 from superclip.model.weights import load_checkpoint
@@ -98,7 +105,16 @@ def test_where_the_interval_lies_decides(test, margin, band, told, tmp_path):
         ('"above"', '"within"', None),
         ("margin", 'heads = "middle"\nmargin', "heads 'middle' is none of all, first half"),
         ("margin", "share = 0.5\nmargin", "'share' is nothing that excess reads"),
-        ("margin", "pictures = 3\nmargin", "must lie in 200"),
+        ("margin", "pictures = 3\nmargin", "must lie in 40"),
+        ("margin", 'second = "clip"\nmargin', "first must be given, as str"),
+        ("margin", 'minus = "all"\nmargin', "heads and minus are both 'all'"),
+        ("schema = 1", "schema = true", "schema True"),
+        ('"c"', '"c\\nSUPPORTED"', "claim must be given"),
+        ("0.05", "9" * 400, "margin must be given"),
+        ("why", "x = " + "[" * 5000 + "\nwhy", "is no hypothesis file"),
+        ('"excess"', '"binding"\nkinds = [["a"]]', "kinds must name some"),
+        ('"excess"', '"binding"\nkinds = ["a", "a"]', "kinds must name some"),
+        ('"excess"', '"binding"\nkinds = []', "kinds must name some"),
         ("margin", 'first = "clp"\nmargin', "first 'clp' is none of"),
         ("margin", 'second = "clip"\nfirst = 3\nmargin', "first must be given, as str"),
         ("margin", "= 3\nmargin", "is no hypothesis file"),
@@ -129,13 +145,25 @@ def test_a_function_of_means_is_that_of_the_weighted_pictures():
         assert value == pytest.approx(means[0] * means[2])
 
 
-def test_depth_is_the_centre_of_what_layers_ground():
+def one_grounding(layers, noise=0.01):
     class One:
-        grounding = Grounding(np.zeros((2, 4, 1)), [])
+        found = SimpleNamespace(path=Path("run/final_epoch.pt"))
+        grounding = Grounding(np.array(layers)[:, None] + np.zeros((50, len(layers), 1)), [])
 
-    One.grounding.values[:] = np.array([0.1, 0.3, -0.2, 0.0])[:, None]
-    statistic, _ = depth([One()])  # pyright: ignore[reportArgumentType]
-    assert statistic.value == pytest.approx((0.1 * 0.25 + 0.3 * 0.5) / 0.4)
+    One.grounding.values[:] += noise * np.random.default_rng(0).standard_normal((50, 1, 1))
+    return One()
+
+
+def test_depth_is_the_centre_of_what_layers_ground():
+    statistic, told = depth([one_grounding([0.1, 0.3, -0.2, 0.2], 0.0)])  # pyright: ignore
+    assert statistic.value == pytest.approx((0.1 * 0.25 + 0.3 * 0.5 - 0.2 * 0.75 + 0.2) / 0.4)
+    assert told == "layers 0.100 0.300 -0.200 0.200"
+
+
+@pytest.mark.parametrize("mean", [0.0, -0.1, 0.001])
+def test_where_nothing_grounds_nothing_lies_early(mean):
+    with pytest.raises(NothingToTell, match="run does not ground"):
+        depth([one_grounding([mean] * 4)])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +222,7 @@ def swept_run(tiny_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("claims") / "run"
     shutil.copytree(tiny_run, folder)
     ckpt = folder / "final_epoch.pt"
-    sweep(["--ckpt", str(ckpt), "--num", "300", "--untrained", "2", "--draws", "99"])
+    sweep(["--ckpt", str(ckpt), "--num", "300", "--untrained", "5", "--draws", "99"])
     return ckpt
 
 
@@ -203,19 +231,31 @@ def confirm_of(ckpt, **wanted):
     return open_confirm(load_checkpoint(ckpt), Wanted("excess", **wanted), config)
 
 
-def test_confirm_pictures_are_those_that_no_sweep_scored(swept_run):
-    asked = confirm_of(swept_run, pictures=600)
+def test_confirm_pictures_are_those_that_no_other_command_reads(swept_run, few_scenes):
+    """Of scenes a split of their own; of other data those that the sweep's hash sets aside."""
+    asked = confirm_of(swept_run, pictures=100)
     ids = [asked.source.keys[row] for row in asked.rows]
-    assert ids == [key for key in asked.source.keys[:600] if assign_split(key) == "confirm"]
-    assert 80 < len(ids) < 160
-    assert not {*ids} & {*SweepResults.load(swept_run.parent / "sweep").image_ids.tolist()}
+    assert len(ids) == 100 and all(key.startswith("confirm-0-") for key in ids)
     assert {*asked.grounding.ids} <= {*ids}
-    with pytest.raises(UserError, match=r"\d+ confirm pictures; 40 are needed"):
-        confirm_of(swept_run, pictures=100)
+
+
+def test_confirm_pictures_of_other_data_are_a_fifth(swept_run, tmp_path):
+    scenes = Scenes("val", 300)
+    write_shards(((scenes.read(r), [r]) for r in range(300)), tmp_path, "val")
+    found = load_checkpoint(swept_run)
+    data = replace(found.config.data, val_data=f"{tmp_path}/val-000000.tar")
+    other = replace(found, config=replace(found.config, data=data))
+    config = HypothesisConfig(LATE, (swept_run,), draws=99)
+    asked = open_confirm(other, Wanted("excess"), config)
+    ids = [asked.source.keys[row] for row in asked.rows]
+    assert ids == [key for key in asked.source.keys if assign_split(key) == "confirm"]
+    assert 40 < len(ids) < 90
+    with pytest.raises(UserError, match=rf"has {len(ids)} confirm pictures, not 100"):
+        open_confirm(other, Wanted("excess", pictures=100), config)
 
 
 def test_excess_is_of_the_heads_that_discovery_chose(swept_run):
-    asked = confirm_of(swept_run, pictures=600, heads="last", minus="first half")
+    asked = confirm_of(swept_run, pictures=100, heads="last", minus="first half")
     results = SweepResults.load(swept_run.parent / "sweep")
     mean = results.metrics["excess"][results.rows("discovery")].mean(0)
     last, early = int(mean[3].argmax()), divmod(int(mean[:2].argmax()), 4)
@@ -223,17 +263,17 @@ def test_excess_is_of_the_heads_that_discovery_chose(swept_run):
     values = asked.grounding.values.mean(0)
     assert told == f"L3H{last} - {Head(*early)}"
     assert statistic.value == pytest.approx(values[3, last] - values[early])
-    against = confirm_of(swept_run, pictures=600, minus="untrained")
+    against = confirm_of(swept_run, pictures=100, minus="untrained")
     statistic, told = MEASURES["excess"].of([against])
     assert "of seed" in told and statistic.value < mean.max() + 0.1
 
 
 def test_causal_is_the_loss_by_hooks(swept_run):
-    asked = confirm_of(swept_run, pictures=300)
+    asked = confirm_of(swept_run, pictures=100)
     found, told = MEASURES["causal"].of([asked])
     swept = open_swept(OfSweep(swept_run))
     means = mean_activations(swept.tower, swept.batches(swept.rows("discovery"), "means"))[0]
-    images = torch.cat(list(swept.pictures([asked.rows])))
+    images = torch.cat(list(replace(swept, source=asked.source).pictures([asked.rows])))
     captions = [asked.source.read(row).captions for row in asked.rows]
     texts = swept.encoder.texts(swept.model, [text for own in captions for text in own])
     owner = torch.tensor([k for k, own in enumerate(captions) for _ in own])
@@ -245,16 +285,17 @@ def test_causal_is_the_loss_by_hooks(swept_run):
             with ablate(swept.tower, heads, "mean", means) as tower:
                 return contrastive_margin(tower(images), texts, owner).mean()
 
-    losses = {(i, j): float(margin([]) - margin([Head(i, j)])) for i in range(4) for j in range(4)}
-    head = Head.parse(told)
-    mine = losses.pop((head.layer, head.index))
+    head = Head.parse(told.partition(",")[0])
+    losses = {j: float(margin([]) - margin([Head(head.layer, j)])) for j in range(4)}
+    mine = losses.pop(head.index)
     assert found.value == pytest.approx(mine - np.mean([*losses.values()]), abs=1e-6)
+    assert re.search(r", number \d+ of 16 by loss; \d+ heads cost more", told)
 
 
 def test_binding_asks_confirm_pictures_the_kinds_named(swept_run):
-    asked = confirm_of(swept_run, pictures=600, kinds=("colour swap",))
+    asked = confirm_of(swept_run, pictures=100, kinds=("colour swap",))
     statistic, told = MEASURES["binding"].of([asked])
-    assert 0 < statistic.value < 1 and 5 < int(told.split()[0]) < len(asked.rows)
+    assert -0.5 < statistic.value < 0.5 and 5 < int(told.split()[0]) < len(asked.rows)
     with pytest.raises(UserError, match="'colr' is none of colour swap"):
         MEASURES["binding"].of([confirm_of(swept_run, kinds=("colr",))])
 
@@ -265,80 +306,116 @@ def decided(capsys, *words):
 
 
 def test_a_claim_is_decided_once(swept_run, tmp_path, capsys):
-    """The standing result is shown; a changed file is told, and refused or called exploratory."""
-    claim = written(
-        tmp_path, PLAIN.replace("0.05", "0.9").replace("margin", "pictures=300\nmargin")
-    )
-    words = claim, "--ckpt", swept_run, "--draws", 199, "--out", tmp_path / "out.json"
+    """The standing result is shown; whatever is asked again of these pictures is exploratory, and
+    never replaces what was decided."""
+    run = tmp_path / "run"
+    shutil.copytree(swept_run.parent, run)
+    ckpt, text = run / "final_epoch.pt", PLAIN.replace("margin", "pictures = 100\nmargin")
+    claim = written(tmp_path, text.replace("0.05", "0.9"))
+    words = claim, "--ckpt", ckpt, "--draws", 199
     told = decided(capsys, *words)
     assert "REFUTED (of this checkpoint; nothing is said of its recipe)" in told
     assert "claimed: excess above 0.9 excess (chance: 0)" in told and "EXPLORATORY" not in told
-    held = (tmp_path / "out.json").read_bytes()
-    assert decided(capsys, *words) == told and (tmp_path / "out.json").read_bytes() == held
-    with pytest.raises(UserError, match="on other checkpoints or draws; name another --out"):
-        decided(capsys, *words, "--draws", 299)
+    assert "a true value of 0 would be refuted with chance 1.00" in told
+    assert "claim 1 on these models' confirm pictures" in told
+    out = run / "hypothesis-claim.json"
+    held = out.read_bytes()
+    assert decided(capsys, *words) == told and out.read_bytes() == held
+    with pytest.raises(UserError, match="on other checkpoints, sweeps or draws; name another"):
+        decided(capsys, claim, "--ckpt", ckpt, "--draws", 299)
 
     before = read_hypothesis(claim).sha256
-    claim.write_text(claim.read_text().replace("0.9", "-0.9"))
+    claim.write_text(text.replace("0.05", "-0.9"))
     with pytest.raises(UserError, match=f"was changed after .* decided it .sha256 {before[:12]}"):
         decided(capsys, *words)
+    renamed = written(tmp_path, claim.read_text(), "renamed.toml")
+    for evading in ((renamed,), (claim, "--out", tmp_path / "elsewhere.json")):
+        with pytest.raises(UserError, match=f"refuted, file sha256 {before[:12]}.; whatever is"):
+            decided(capsys, *evading, *words[1:])
     told = decided(capsys, *words, "--exploratory")
-    assert "SUPPORTED" in told
-    assert (
-        f"EXPLORATORY: the claim may have followed a look at the answer; the file was changed "
-        f"since a result (sha256 {before[:12]})" in told
-    )
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["exploratory"] and report["changed_since"] == before
-    (tmp_path / "out.json").write_text("{}")
-    with pytest.raises(UserError, match="is no result of this version"):
-        decided(capsys, *words)
+    assert "SUPPORTED" in told and "a true value of 0 would be supported" in told
+    assert f"these pictures answered before: refuted, {before[:12]}" in told
+    assert out.read_bytes() == held and (run / "hypothesis-claim-exploratory.json").is_file()
+    claim.write_text(text.replace("0.05", "0.9"))
+    assert "REFUTED" in decided(capsys, *words)
+
+    other = written(tmp_path, text.replace("pictures", 'heads = "last"\npictures'), "last.toml")
+    assert "claim 3 on these models" in decided(capsys, other, *words[1:])  # another question
+    for damage in ("{}", '{"schema": 1, "asked": 3}', "[]"):
+        out.write_text(damage)
+        with pytest.raises(UserError, match="is no result of this version"):
+            decided(capsys, *words)
+    (run / "confirm.jsonl").write_text("{")
+    with pytest.raises(UserError, match="tells what was looked at before, so mend it"):
+        decided(capsys, renamed, *words[1:])
 
 
-def test_two_sides_with_few_seeds_decide_nothing(swept_run, tmp_path, capsys, monkeypatch):
-    text = PLAIN.replace(
-        "margin", 'first = "superclip"\nsecond = "superclip"\npictures=300\nmargin'
-    )
-    claim = written(tmp_path, text)
-    other = tmp_path / "other"
-    shutil.copytree(swept_run.parent, other)
-    words = claim, "--ckpt", swept_run, "--against", other / "final_epoch.pt"
-    told = decided(capsys, *words, "--draws", 199, "--out", tmp_path / "out.json")
+def test_two_sides_with_few_seeds_decide_nothing(swept_run, tmp_path, capsys):
+    both = 'first = "superclip"\nsecond = "superclip"\npictures = 100\nmargin'
+    claim = written(tmp_path, PLAIN.replace("margin", both))
+    runs = [tmp_path / name for name in ("one", "other")]
+    for run in runs:
+        shutil.copytree(swept_run.parent, run)
+    one, other = (run / "final_epoch.pt" for run in runs)
+    words = claim, "--ckpt", one, "--against", other, "--draws", 199
+    told = decided(capsys, *words)
     assert f"NOT DECIDED (1 seed(s) a side; {SEEDS} are the least that decide" in told
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["value"] == 0 and report["paired"] and report["decision"] == "not decided"
+    assert "(chance: 0)" in told
+    report = json.loads((runs[0] / "hypothesis-claim.json").read_text())
+    assert report["value"] == 0 and report["paired"] and report["no_spread"]
     with pytest.raises(UserError, match="compares two sides: give --against"):
-        decided(capsys, claim, "--ckpt", swept_run)
+        decided(capsys, claim, "--ckpt", one)
     with pytest.raises(UserError, match="is of one side: leave --against"):
         decided(capsys, written(tmp_path, name="one.toml"), *words[1:])
-    claim.write_text(text.replace('second = "superclip"', 'second = "clip"'))
+    claim.write_text(claim.read_text().replace('second = "superclip"', 'second = "clip"'))
     with pytest.raises(UserError, match="--loss superclip; the claim is of clip"):
         decided(capsys, *words)
     # Two checkpoints of one seed are two rates only where rates are compared.
-    config = HypothesisConfig(LATE, (swept_run, other / "final_epoch.pt"), draws=99)
     with pytest.raises(UserError, match="have the same seed"):
-        decide_one(config)
+        decide_one(HypothesisConfig(LATE, (one, other), draws=99))
+
+
+def test_sides_that_differ_in_more_than_the_loss_are_refused(swept_run, tmp_path):
+    claim = read_hypothesis(written(tmp_path))
+    found = load_checkpoint(swept_run)
+    data = replace(found.config.data, train_num_samples=7)
+    other = replace(found, config=replace(found.config, data=data))
+    with pytest.raises(UserError, match="the sides differ in train_num_samples: 256 -> 7"):
+        _refuse_unlike(found, other, claim)
+    _refuse_unlike(found, other, replace(claim, differs=("train_num_samples",)))
+    optim = replace(found.config.optim, lr=3e-3)
+    _refuse_unlike(found, replace(found, config=replace(found.config, optim=optim)), claim)
 
 
 def test_onset_interpolates_between_the_checkpoints_of_a_run(swept_run, tmp_path):
     folder = tmp_path / "course"
     shutil.copytree(swept_run.parent, folder)
     with pytest.raises(UserError, match="a course needs two at least"):
-        MEASURES["onset"].of([confirm_of(folder / "final_epoch.pt", pictures=300)])
+        MEASURES["onset"].of([confirm_of(folder / "final_epoch.pt", pictures=100)])
     shutil.copy(folder / "epoch_1.pt", folder / "step_4.pt")
-    asked = confirm_of(folder / "final_epoch.pt", pictures=300)
+    asked = confirm_of(folder / "final_epoch.pt", pictures=100)
     statistic, told = MEASURES["onset"].of([asked])
     mean = asked.grounding.values.mean()
-    assert told == "all heads, 2 checkpoints"
-    assert statistic.value == (2.0 if mean > 0 else 8.0)
+    assert told == "checkpoints at 4 8" and mean > 0
+    assert statistic.value == 2.0  # half of the way to a curve that is flat from step 4 on
 
 
-def test_sensitivity_is_the_best_rate_less_the_mean(swept_run):
-    models = [confirm_of(swept_run, pictures=300) for _ in range(2)]
+def test_sensitivity_is_the_best_rate_less_its_neighbours(swept_run, monkeypatch):
+    models = [confirm_of(swept_run, pictures=100) for _ in range(3)]
     statistic, told = MEASURES["sensitivity"].of(models)
-    assert statistic.value == 0 and told.startswith("rates ")
-    with pytest.raises(UserError, match="two or more learning rates"):
-        MEASURES["sensitivity"].of(models[:1])
+    assert statistic.value == 0 and told.startswith("best, half, twice: ")
+    hits = iter(np.array([[1.0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]))
+    monkeypatch.setattr(confirm, "_hits", lambda *_: next(hits))
+    assert MEASURES["sensitivity"].of(models)[0].value == pytest.approx(0.75 - 0.25)
+
+
+def test_the_best_rate_is_that_of_discovery_over_seeds(monkeypatch):
+    scores = {1e-4: (0.1, 0.2), 2e-4: (0.5, 0.1), 4e-4: (0.25, 0.4), 8e-4: (0.0, 0.0)}
+    monkeypatch.setattr(confirm, "_discovery", lambda value: value)
+    assert confirm.best_rate(scores) == (4e-4, 2e-4, 8e-4)  # pyright: ignore[reportArgumentType]
+    scores.pop(8e-4)
+    with pytest.raises(UserError, match=r"best learning rate is 0.0004 .*half and twice"):
+        confirm.best_rate(scores)  # pyright: ignore[reportArgumentType]
 
 
 def test_bad_words():
