@@ -92,7 +92,6 @@ def test_sweep_and_statistics(tmp_path, monkeypatch):
     assert f"discovery: {passed} of 16 heads significant at .05 (max-T, 199" in ran.text
 
 
-@pytest.mark.slow
 def test_superclip_beside_clip(tmp_path, monkeypatch):
     ran = Ran("04", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
     assert "heads matched by" in ran.text
