@@ -126,25 +126,6 @@ class OfMeans(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class Above(Statistic):
-    """A statistic less a constant."""
-
-    inner: Statistic
-    level: float
-
-    @property
-    def pictures(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.pictures
-
-    @property
-    def queries(self) -> int:
-        return self.inner.queries
-
-    def __call__(self, weights: Weights) -> Values:
-        return self.inner(weights) - self.level
-
-
-@dataclass(frozen=True, eq=False)
 class Confirm:
     """A checkpoint, and the confirm pictures of its held-out data.
 
@@ -391,6 +372,8 @@ def causal(models: Sequence[Confirm]) -> tuple[Statistic, str]:
 
     (one,) = models
     swept, head = one.swept, one.chosen(one.wanted.heads)
+    if swept.tower.cfg.n_heads < 2:
+        raise UserError("causal compares with the other heads of a layer; here is one a layer")
     means = mean_activations(swept.tower, swept.batches(swept.rows("discovery"), "means"))[0]
     units = every(swept.tower.cfg, "head")
     captions = [one.source.read(row).captions for row in one.rows]
@@ -408,8 +391,6 @@ def causal(models: Sequence[Confirm]) -> tuple[Statistic, str]:
     intact = margin(found.intact)
     losses = np.stack([intact - margin(features) for features in found.features[0]], 1)
     heads = [unit.heads[0] for unit in units]
-    if swept.tower.cfg.n_heads < 2:
-        raise UserError("causal compares with the other heads of a layer; here is one a layer")
     layer = np.array([h.layer for h in heads])
     lead = np.empty_like(losses)
     for k in range(len(heads)):
@@ -424,7 +405,7 @@ def causal(models: Sequence[Confirm]) -> tuple[Statistic, str]:
 
 
 def binding(models: Sequence[Confirm]) -> tuple[Statistic, str]:
-    """Mean over kinds of compositional question of the share answered right, above chance (.5)."""
+    """Mean over kinds of compositional question of the share answered right."""
     from superclip.data.scene_checks import KINDS, scene_checks
     from superclip.data.scenes import Scenes
     from superclip.evaluation.compositional import compositional
@@ -439,7 +420,7 @@ def binding(models: Sequence[Confirm]) -> tuple[Statistic, str]:
     items = tuple(i for i in every.items if i.row in mine and i.category in kinds)
     found = compositional(one.found.model, one.encoder, replace(every, items=items))
     (mean,) = (m.statistic for m in found.measures if m.name == "mean over categories")
-    return Above(mean, 0.5), f"{len(items)} questions"
+    return mean, f"{len(items)} questions"
 
 
 def sensitivity(models: Sequence[Confirm]) -> tuple[Statistic, str]:
@@ -496,7 +477,8 @@ class Measured:
 
     Attributes:
         of: the checkpoints of one seed -> the statistic, and what it is of.
-        unit: of its values. chance: what a model that has learned nothing scores, in words.
+        unit: of its values. level: what a model that has learned nothing scores, which the value of
+            one side is counted from. chance: that of the value, in words.
         options: of `Wanted`, that it reads beside `pictures`.
         rates: whether a seed has several checkpoints, at different learning rates.
     """
@@ -506,6 +488,7 @@ class Measured:
     chance: str
     options: tuple[str, ...] = ()
     rates: bool = False
+    level: float = 0.0
 
 
 MEASURES: Mapping[str, Measured] = {
@@ -513,7 +496,7 @@ MEASURES: Mapping[str, Measured] = {
     "depth": Measured(depth, "of the depth", "none", ("attention",)),
     "onset": Measured(onset, "steps", "none", ("attention", "share")),
     "causal": Measured(causal, "margin", "0, of a head like its layer's", ("heads", "attention")),
-    "binding": Measured(binding, "share right above .5", "0", ("kinds",)),
+    "binding": Measured(binding, "share right", "0, from .5", ("kinds",), level=0.5),
     "sensitivity": Measured(sensitivity, "R@1", "0", rates=True),
 }
 

@@ -206,11 +206,14 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
         held = _held(path)
         if held["asked"] == asked:
             return held, path
-        _refuse_other(held, asked, path, config)
+        _refuse_other(held, asked, path, config.file)
     ledgers = dict.fromkeys(c.path.parent / LEDGER for side in checkpoints for c in side)
     mine = {c.sha256 for side in checkpoints for c in side}
-    before = [look for ledger in ledgers for look in _looks(ledger) if look["checkpoint"] in mine]
-    same = [look for look in before if look["question"] == hypothesis.wanted.question]
+
+    def looks() -> list[dict[str, Any]]:
+        return [one for path in ledgers for one in _looks(path) if one["checkpoint"] in mine]
+
+    same = [look for look in looks() if look["question"] == hypothesis.wanted.question]
     if same and not config.exploratory:
         raise UserError(
             f"these models' confirm pictures have answered {hypothesis.wanted.measure} of these "
@@ -223,10 +226,11 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
         "asked": asked,
         "exploratory": config.exploratory,
         "before": [{k: look[k] for k in ("file_sha256", "decision")} for look in same],
-        "claim_number": 1 + len({look["file_sha256"] for look in before} - {hypothesis.sha256}),
         "commit": commit(),
     }
     report |= decide(hypothesis, sides, config)
+    others = {one["file_sha256"] for one in looks()} - {hypothesis.sha256}  # some decided meanwhile
+    report["claim_number"] = 1 + len(others)
     replace_text(path, json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     look = {"question": hypothesis.wanted.question, "file_sha256": hypothesis.sha256}
     look |= {"decision": report["decision"], "exploratory": config.exploratory}
@@ -304,9 +308,7 @@ def _held(path: Path) -> dict[str, Any]:
     return held
 
 
-def _refuse_other(
-    held: dict[str, Any], asked: dict[str, Any], path: Path, config: HypothesisConfig
-) -> None:
+def _refuse_other(held: dict[str, Any], asked: dict[str, Any], path: Path, claim: Path) -> None:
     """Raises UserError: a result stands there, of another claim or of other models."""
     before, now = held["asked"]["file_sha256"], asked["file_sha256"]
     if before == now:
@@ -314,7 +316,7 @@ def _refuse_other(
             f"{path} decided this claim on other checkpoints, sweeps or draws; name another --out"
         )
     raise UserError(
-        f"{config.file} was changed after {path} decided it (sha256 {before[:12]} then, "
+        f"{claim} was changed after {path} decided it (sha256 {before[:12]} then, "
         f"{now[:12]} now): a claim made after a look at the answer is exploratory; "
         "--exploratory decides it and says so"
     )
@@ -348,6 +350,8 @@ def _open_side(
         column.sort(key=lambda c: c.config.seed if c.config else 0)
         seeds_of_one_recipe(column, flag)
         columns.append(column)
+        if len({c.config.loss for c in (columns[0][0], column[0]) if c.config}) > 1:
+            raise UserError(f"{flag} names runs of several losses; a side is of one")
         _refuse_unlike(columns[0][0], column[0], hypothesis)
     seeds = [[c.config.seed for c in column if c.config] for column in columns]
     if any(other != seeds[0] for other in seeds):
@@ -463,18 +467,20 @@ def compared(
 ) -> Difference:
     """The value with its interval: of one side, or of the first minus the second.
 
-    One side is set against zeros of the same pictures, so that the same two-way error (pictures and
-    seeds) serves both.
+    One side is set against its chance level on the same pictures, so that the same two-way error
+    (pictures and seeds) serves both.
     """
     import numpy as np
 
+    from interp.confirm import MEASURES
     from superclip.evaluation.measures import Mean
     from superclip.evaluation.statistics import compare
 
     first, second = arms[0], arms[-1]
     if len(arms) == 1:
         n = first[0].statistic.pictures
-        nothing = Mean(np.zeros(n), np.arange(n), n)
+        level = MEASURES[hypothesis.wanted.measure].level
+        nothing = Mean(np.full(n, level), np.arange(n), n)
         second = [dataclasses.replace(m, statistic=nothing) for m in first]
     return compare(first, second, paired or len(arms) == 1, abs(hypothesis.margin), draws)
 
@@ -551,7 +557,8 @@ def _last_lines(report: dict[str, Any]) -> list[str]:
     told = []
     if report["exploratory"]:
         looks = [f"{look['decision']}, {look['file_sha256'][:12]}" for look in report["before"]]
-        seen = f"; these pictures answered before: {'; '.join(looks)}" if looks else ""
+        told_before = "; ".join(dict.fromkeys(looks))  # a look stands beside every seed
+        seen = f"; these pictures answered before: {told_before}" if looks else ""
         told.append(f"EXPLORATORY: the claim may have followed a look at the answer{seen}")
     number = report["claim_number"]
     told.append(f"file sha256 {report['asked']['file_sha256'][:12]}")

@@ -199,6 +199,13 @@ def test_one_side_has_seeds_and_pictures_in_its_interval(tmp_path):
     assert seeds.high - seeds.low > 5 * (one.high - one.low)
 
 
+def test_one_side_is_counted_from_its_chance_level(tmp_path):
+    text = PLAIN.replace('"excess"', '"binding"')
+    hits = np.repeat([1.0, 0.0], [70, 30])
+    found = compared([measures(hits[None])], read_hypothesis(written(tmp_path, text)), 999, False)
+    assert found.value == pytest.approx(0.2) and found.low > 0.05
+
+
 def test_the_null_is_seldom_called_supported(tmp_path):
     """Two sides of six seeds without any difference, with spread over seeds and pictures."""
     claim = read_hypothesis(written(tmp_path, PLAIN.replace("0.05", "0.0")))
@@ -295,7 +302,7 @@ def test_causal_is_the_loss_by_hooks(swept_run):
 def test_binding_asks_confirm_pictures_the_kinds_named(swept_run):
     asked = confirm_of(swept_run, pictures=100, kinds=("colour swap",))
     statistic, told = MEASURES["binding"].of([asked])
-    assert -0.5 < statistic.value < 0.5 and 5 < int(told.split()[0]) < len(asked.rows)
+    assert 0 < statistic.value < 1 and 5 < int(told.split()[0]) < len(asked.rows)
     with pytest.raises(UserError, match="'colr' is none of colour swap"):
         MEASURES["binding"].of([confirm_of(swept_run, kinds=("colr",))])
 
