@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
-import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from interp.config import HypothesisConfig
-from superclip.errors import UserError, check_writable, nearest, replace_text, run_command
-from superclip.loss_options import LOSS_OPTIONS
+from superclip.errors import UserError, check_writable, replace_text, run_command
 
 if TYPE_CHECKING:
-    from interp.confirm import Confirm, Wanted
+    from interp.claim import Decision, Hypothesis
+    from interp.confirm import Confirm
+    from interp.measures import Answer
     from superclip.evaluation.measures import Measure
     from superclip.evaluation.statistics import Difference
     from superclip.model.weights import Checkpoint
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of a result."""
 SEEDS = 6
 """Runs a side below which nothing is decided of a recipe."""
-Test = Literal["above", "below", "within"]
-Decision = Literal["supported", "refuted", "not decided"]
-
 DESCRIPTION = """Decide a claim that a file states beforehand, on the confirm pictures, which no
 sweep ever scores: supported, refuted or not decided, with interval and power.
 
@@ -39,136 +35,21 @@ The file's hash goes into the result. A file that was changed after its result i
 (interp.sweep); where seeds are compared, six a side are the least that decide."""
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """A claim, as a TOML file states it.
-
-    Attributes:
-        claim: in words.
-        test: above, below: the value lies beyond `margin` on that side. within: it lies closer to 0
-            than `margin`.
-        margin: the least that would matter, in the measure's unit.
-        wanted: what is measured.
-        losses: that --ckpt and, where two sides compare, --against were trained with; None for
-            any. With two of them the value is that of the first minus that of the second.
-        differs: options in which two sides may differ, beside loss, its own options and rate.
-        why: of the margin, and whatever a reader should know.
-        sha256: of the file.
-    """
-
-    claim: str
-    test: Test
-    margin: float
-    wanted: Wanted
-    losses: tuple[str | None, ...]
-    differs: tuple[str, ...]
-    why: str
-    sha256: str
-
-    def decide(self, low: float, high: float) -> Decision:
-        """By where the whole 95 % interval lies."""
-        m = self.margin
-        if self.test == "above":
-            yes, no = low > m, high < m
-        elif self.test == "below":
-            yes, no = high < m, low > m
-        else:
-            yes, no = -m < low and high < m, low > m or high < -m
-        return "supported" if yes else "refuted" if no else "not decided"
-
-    @property
-    def rule(self) -> str:
-        """What is claimed, in numbers."""
-        from interp.confirm import MEASURES
-
-        what, unit = self.wanted.measure, MEASURES[self.wanted.measure].unit
-        told = f"{what} (first - second)" if len(self.losses) == 2 else what
-        if self.test == "within":
-            return f"{told} within {-self.margin:g} .. {self.margin:g} {unit}"
-        return f"{told} {self.test} {self.margin:g} {unit}"
-
-
-def read_hypothesis(path: Path) -> Hypothesis:
-    """A claim from its file.
-
-    Raises:
-        UserError: naming the key that is missing, unknown, idle or of the wrong kind.
-    """
-    from interp.confirm import FEWEST, LAYERS, MEASURES, Wanted
-
-    try:
-        data = path.read_bytes()
-        held = tomllib.loads(data.decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no hypothesis file: {str(error)[:200]}") from None
-
-    def take(key: str, kind: type, default: Any = None) -> Any:
-        value = held.pop(key, default)
-        if kind is float and type(value) is int and abs(value) < 1e9:
-            value = float(value)
-        empty = isinstance(value, str) and not (value.strip() and value.isprintable())
-        if type(value) is not kind or empty:
-            told = f"{value!r}"[:80]
-            raise UserError(f"{path}: {key} must be given, as {kind.__name__}; it is {told}")
-        return value
-
-    if type(schema := held.pop("schema", None)) is not int or schema != SCHEMA:
-        raise UserError(f"{path} is of schema {schema}; this version reads schema {SCHEMA}")
-    claim, test, why = take("claim", str), take("test", str), take("why", str)
-    margin, measure = take("margin", float), take("measure", str)
-    losses: tuple[str | None, ...] = (None,)
-    if "first" in held or "second" in held:
-        first = take("first", str)
-        losses = (first, take("second", str)) if "second" in held else (first,)
-    differs = take("differs", list, []) if len(losses) == 2 else []
-    if measure not in MEASURES:
-        raise UserError(f"{path}: measure {measure!r} is unknown; {nearest(measure, MEASURES)}")
-    options: dict[str, Any] = {}
-    for key in ("pictures", *MEASURES[measure].options):
-        if key in held:
-            kind: type = {"pictures": int, "kinds": list, "share": float}.get(key, str)
-            options[key] = take(key, kind)
-    if held:
-        known = ("pictures", *MEASURES[measure].options)
-        raise UserError(
-            f"{path}: {next(iter(held))!r} is nothing that {measure} reads (it reads "
-            f"{', '.join(known)})"
-        )
-    kinds = options.get("kinds", ["any"])
-    if not kinds or not all(type(k) is str for k in kinds) or len({*kinds}) < len(kinds):
-        raise UserError(f"{path}: kinds must name some, each once; it is {kinds!r}"[:200])
-    options["kinds"] = tuple(options.get("kinds", ()))
-    wanted = Wanted(measure, **options)
-    for key, value, allowed in (
-        ("heads", wanted.heads, LAYERS),
-        ("minus", wanted.minus or "untrained", (*LAYERS, "untrained")),
-        ("attention", wanted.attention, ("class", "patches")),
-        ("test", test, ("above", "below", "within")),
-        ("first", losses[0] or "any", ("any", *LOSS_OPTIONS)),
-        ("second", losses[-1] or "any", ("any", *LOSS_OPTIONS)),
-    ):
-        if value not in allowed:
-            raise UserError(f"{path}: {key} {value!r} is none of {', '.join(map(str, allowed))}")
-    if not math.isfinite(margin) or (test == "within" and margin <= 0):
-        raise UserError(f"{path}: margin {margin} must be finite, and above 0 for test 'within'")
-    if not 0 < wanted.share < 1:
-        raise UserError(f"{path}: share {wanted.share} must lie between 0 and 1")
-    if wanted.pictures is not None and not FEWEST <= wanted.pictures <= 10**7:
-        raise UserError(f"{path}: pictures {wanted.pictures} must lie in {FEWEST}..10^7")
-    if wanted.minus == wanted.heads:
-        raise UserError(f"{path}: heads and minus are both {wanted.minus!r}; nothing is left")
-    digest = hashlib.sha256(data).hexdigest()
-    return Hypothesis(claim, test, margin, wanted, losses, tuple(differs), why, digest)
-
-
 def main(argv: list[str]) -> None:
     """Parse, decide or open what was decided, print."""
     from superclip.flags import parse
 
     config = parse(HypothesisConfig, argv, "python -m interp.hypothesis", DESCRIPTION)
+    from interp.render.canvas import png
+    from interp.render.claim import figure
+
     report, path = decide_one(config)
     print("\n".join(lines(report)))
     print(f"\nresult: {path}")
+    if (drawn := figure(report)) is not None:
+        picture = path.with_suffix(".png")
+        picture.write_bytes(png(drawn))
+        print(f"figure: {picture}")
 
 
 def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
@@ -178,7 +59,7 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
         UserError: if the file changed since its result, sides are missing, no recipe, or of other
             pictures.
     """
-    from interp.confirm import default_result
+    from interp.claim import read_hypothesis
     from superclip.training.folder import commit
 
     assert config.file is not None
@@ -240,6 +121,11 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
     return report, path
 
 
+def default_result(ckpt: Path, name: str) -> Path:
+    """Where a decision stands."""
+    return ckpt.parent / f"hypothesis-{name}.json"
+
+
 LEDGER = "confirm.jsonl"
 """Beside every checkpoint: what its confirm pictures have answered, one line a look."""
 
@@ -278,7 +164,7 @@ def _beside(checkpoint: Checkpoint, hypothesis: Hypothesis) -> list[str]:
 
 
 def _options(hypothesis: Hypothesis) -> tuple[str, ...]:
-    from interp.confirm import MEASURES
+    from interp.measures import MEASURES
 
     return MEASURES[hypothesis.wanted.measure].options
 
@@ -330,7 +216,7 @@ def _open_side(
     Raises:
         UserError: if they are not seeds of one recipe.
     """
-    from interp.confirm import MEASURES
+    from interp.measures import MEASURES
     from superclip.evaluation.tasks import seeds_of_one_recipe
     from superclip.model.weights import load_checkpoint
 
@@ -363,7 +249,8 @@ def decide(
     hypothesis: Hypothesis, sides: Sequence[list[list[Checkpoint]]], config: HypothesisConfig
 ) -> dict[str, Any]:
     """Measure every model on its confirm pictures, and decide."""
-    from interp.confirm import MEASURES, NothingToTell
+    from interp.measures import MEASURES, NothingToTell
+    from superclip.evaluation.measures import Measure
     from superclip.evaluation.tasks import share_initial_weights
 
     measure = MEASURES[hypothesis.wanted.measure]
@@ -373,28 +260,28 @@ def decide(
         "rule": hypothesis.rule,
         "unit": measure.unit,
         "chance": "0" if len(sides) == 2 else measure.chance,
+        "level": measure.level,
         "models": models,
         "seeds": [len(side) for side in sides],
     }
     if measure.rates:
         sides = [_best_and_neighbours(side, hypothesis, config) for side in sides]
-    told: list[list[str]] = []
-    arms: list[list[Measure]] = []
+    answers: list[list[Answer]] = []
     pictures: dict[str, Any] = {}
     try:
         for side in sides:
-            said, arm = [], []
+            arm = []
             for seed in side:
-                found, what, identity = _measured(seed, hypothesis, config)
+                found, identity = _measured(seed, hypothesis, config)
                 for key, value in identity.items():
                     if pictures.setdefault(key, value) != value:
                         raise UserError(f"{seed[0].path} is of other confirm pictures ({key})")
-                said.append(what)
                 arm.append(found)
-            told.append(said)
-            arms.append(arm)
+            answers.append(arm)
     except NothingToTell as error:
         return report | {"decision": "not decided", "nothing": str(error)}
+    name = hypothesis.wanted.measure
+    arms = [[Measure(name, a.statistic, 0.0, percent=False) for a in arm] for arm in answers]
     paired = len(sides) == 2 and share_initial_weights(*([s[0] for s in side] for side in sides))
     found = compared(arms, hypothesis, config.draws, paired)
     least = min(map(len, arms))
@@ -404,7 +291,8 @@ def decide(
     if sure and not few:
         decision = hypothesis.decide(found.low, found.high)
     return report | {
-        "of": told,
+        "of": [[a.told for a in arm] for arm in answers],
+        "courses": [[a.course for a in arm] for arm in answers],
         "values": [[m.statistic.value for m in arm] for arm in arms],
         "pictures": pictures,
         "paired": paired,
@@ -421,7 +309,8 @@ def _best_and_neighbours(
     side: list[list[Checkpoint]], hypothesis: Hypothesis, config: HypothesisConfig
 ) -> list[list[Checkpoint]]:
     """Of each seed the model at the side's best rate, at half and at twice of it."""
-    from interp.confirm import best_rate, open_confirm
+    from interp.confirm import open_confirm
+    from interp.measures import best_rate
     from superclip.model.weights import load_checkpoint
 
     by_rate: dict[float, list[Confirm]] = {}
@@ -438,15 +327,16 @@ def _best_and_neighbours(
 
 def _measured(
     seed: Sequence[Checkpoint], hypothesis: Hypothesis, config: HypothesisConfig
-) -> tuple[Measure, str, dict[str, Any]]:
-    """The measure of one seed's model(s), what it is of, and which pictures it saw."""
-    from interp.confirm import FEWEST, MEASURES, grounding_sha256, open_confirm, pictures_sha256
-    from superclip.evaluation.measures import Measure
+) -> tuple[Answer, dict[str, Any]]:
+    """What one seed's model(s) answer, and which pictures they saw."""
+    from interp.confirm import FEWEST, grounding_sha256, open_confirm, pictures_sha256
+    from interp.measures import MEASURES
     from superclip.model.weights import load_checkpoint
 
     wanted = hypothesis.wanted
     models: list[Confirm] = [open_confirm(load_checkpoint(c.path), wanted, config) for c in seed]
-    statistic, told = MEASURES[wanted.measure].of(models)
+    answer = MEASURES[wanted.measure].of(models)
+    statistic = answer.statistic
     if statistic.pictures < FEWEST:
         raise UserError(
             f"{models[0].source.name}: {statistic.pictures} confirm pictures can be asked this; "
@@ -456,10 +346,10 @@ def _measured(
     identity |= {"confirm": len(models[0].rows), "n": statistic.pictures}
     identity |= {"kept": grounding_sha256(models[0])}
     if wanted.measure == "onset":
-        identity |= {"course": told}
+        identity |= {"course": answer.told}
     for one in models:
         one.found.model.to("meta")
-    return Measure(wanted.measure, statistic, 0.0, percent=False), told, identity
+    return answer, identity
 
 
 def compared(
@@ -472,7 +362,7 @@ def compared(
     """
     import numpy as np
 
-    from interp.confirm import MEASURES
+    from interp.measures import MEASURES
     from superclip.evaluation.measures import Mean
     from superclip.evaluation.statistics import compare
 

@@ -12,24 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused
+from PIL import Image
 
-from interp import confirm
+from interp import measures as measures_module
 from interp.causal.ablation import ablate, contrastive_margin
 from interp.causal.units import mean_activations
+from interp.claim import read_hypothesis
 from interp.config import HypothesisConfig, OfSweep
-from interp.confirm import (
-    MEASURES,
-    Grounding,
-    NothingToTell,
-    OfMeans,
-    Wanted,
-    _reached,
-    depth,
-    layers_of,
-    open_confirm,
-)
+from interp.confirm import Grounding, Wanted, layers_of, open_confirm
 from interp.heads import Head
-from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main, read_hypothesis
+from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main
+from interp.measures import MEASURES, NothingToTell, OfMeans, _reached, best_rate, depth
+from interp.render.claim import figure
 from interp.results import SweepResults
 from interp.stats.splits import assign_split
 from interp.sweep import main as sweep
@@ -155,9 +149,10 @@ def one_grounding(layers, noise=0.01):
 
 
 def test_depth_is_the_centre_of_what_layers_ground():
-    statistic, told = depth([one_grounding([0.1, 0.3, -0.2, 0.2], 0.0)])  # pyright: ignore
-    assert statistic.value == pytest.approx((0.1 * 0.25 + 0.3 * 0.5 - 0.2 * 0.75 + 0.2) / 0.4)
-    assert told == "layers 0.100 0.300 -0.200 0.200"
+    found = depth([one_grounding([0.1, 0.3, -0.2, 0.2], 0.0)])  # pyright: ignore
+    value = (0.1 * 0.25 + 0.3 * 0.5 - 0.2 * 0.75 + 0.2) / 0.4
+    assert found.statistic.value == pytest.approx(value)
+    assert found.told == "layers 0.100 0.300 -0.200 0.200"
 
 
 @pytest.mark.parametrize("mean", [0.0, -0.1, 0.001])
@@ -179,6 +174,11 @@ def test_where_nothing_grounds_nothing_lies_early(mean):
 def test_onset_by_hand(curve, reached):
     found = _reached(np.array([0.0, 100, 200, 300]), 0.5)(np.array([curve]))
     assert found == pytest.approx([reached])
+
+
+def answer(measure, asked):
+    found = MEASURES[measure].of([asked])
+    return found.statistic, found.told
 
 
 def measures(values):
@@ -266,18 +266,18 @@ def test_excess_is_of_the_heads_that_discovery_chose(swept_run):
     results = SweepResults.load(swept_run.parent / "sweep")
     mean = results.metrics["excess"][results.rows("discovery")].mean(0)
     last, early = int(mean[3].argmax()), divmod(int(mean[:2].argmax()), 4)
-    statistic, told = MEASURES["excess"].of([asked])
+    statistic, told = answer("excess", asked)
     values = asked.grounding.values.mean(0)
     assert told == f"L3H{last} - {Head(*early)}"
     assert statistic.value == pytest.approx(values[3, last] - values[early])
     against = confirm_of(swept_run, pictures=100, minus="untrained")
-    statistic, told = MEASURES["excess"].of([against])
+    statistic, told = answer("excess", against)
     assert "of seed" in told and statistic.value < mean.max() + 0.1
 
 
 def test_causal_is_the_loss_by_hooks(swept_run):
     asked = confirm_of(swept_run, pictures=100)
-    found, told = MEASURES["causal"].of([asked])
+    found, told = answer("causal", asked)
     swept = open_swept(OfSweep(swept_run))
     means = mean_activations(swept.tower, swept.batches(swept.rows("discovery"), "means"))[0]
     images = torch.cat(list(replace(swept, source=asked.source).pictures([asked.rows])))
@@ -301,7 +301,7 @@ def test_causal_is_the_loss_by_hooks(swept_run):
 
 def test_binding_asks_confirm_pictures_the_kinds_named(swept_run):
     asked = confirm_of(swept_run, pictures=100, kinds=("colour swap",))
-    statistic, told = MEASURES["binding"].of([asked])
+    statistic, told = answer("binding", asked)
     assert 0 < statistic.value < 1 and 5 < int(told.split()[0]) < len(asked.rows)
     with pytest.raises(UserError, match="'colr' is none of colour swap"):
         MEASURES["binding"].of([confirm_of(swept_run, kinds=("colr",))])
@@ -369,6 +369,11 @@ def test_two_sides_with_few_seeds_decide_nothing(swept_run, tmp_path, capsys):
     assert f"NOT DECIDED (1 seed(s) a side; {SEEDS} are the least that decide" in told
     assert "(chance: 0)" in told
     report = json.loads((runs[0] / "hypothesis-claim.json").read_text())
+    assert Image.open(runs[0] / "hypothesis-claim.png").width > 800
+    report["courses"] = [[["layer", [0, 1], [0.1, 0.3]], ["layer", [0, 1], [0.3, 0.5]]]] * 2
+    course = figure(report).axes[-1]  # pyright: ignore[reportOptionalMemberAccess]
+    means = [line.get_ydata() for line in course.lines if line.get_label() == "first"]
+    assert np.allclose(means, [0.2, 0.4])
     assert report["value"] == 0 and report["paired"] and report["no_spread"]
     with pytest.raises(UserError, match="compares two sides: give --against"):
         decided(capsys, claim, "--ckpt", one)
@@ -401,28 +406,29 @@ def test_onset_interpolates_between_the_checkpoints_of_a_run(swept_run, tmp_path
         MEASURES["onset"].of([confirm_of(folder / "final_epoch.pt", pictures=100)])
     shutil.copy(folder / "epoch_1.pt", folder / "step_4.pt")
     asked = confirm_of(folder / "final_epoch.pt", pictures=100)
-    statistic, told = MEASURES["onset"].of([asked])
+    found = MEASURES["onset"].of([asked])
     mean = asked.grounding.values.mean()
-    assert told == "checkpoints at 4 8" and mean > 0
-    assert statistic.value == 2.0  # half of the way to a curve that is flat from step 4 on
+    assert found.told == "checkpoints at 4 8" and mean > 0
+    assert found.course == ("optimizer step", [4, 8], [pytest.approx(mean)] * 2)
+    assert found.statistic.value == 2.0  # half of the way to a curve that is flat from step 4 on
 
 
 def test_sensitivity_is_the_best_rate_less_its_neighbours(swept_run, monkeypatch):
     models = [confirm_of(swept_run, pictures=100) for _ in range(3)]
-    statistic, told = MEASURES["sensitivity"].of(models)
-    assert statistic.value == 0 and told.startswith("best, half, twice: ")
+    found = MEASURES["sensitivity"].of(models)
+    assert found.statistic.value == 0 and found.told.startswith("best, half, twice: ")
     hits = iter(np.array([[1.0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]))
-    monkeypatch.setattr(confirm, "_hits", lambda *_: next(hits))
-    assert MEASURES["sensitivity"].of(models)[0].value == pytest.approx(0.75 - 0.25)
+    monkeypatch.setattr(measures_module, "_hits", lambda *_: next(hits))
+    assert MEASURES["sensitivity"].of(models).statistic.value == pytest.approx(0.75 - 0.25)
 
 
 def test_the_best_rate_is_that_of_discovery_over_seeds(monkeypatch):
     scores = {1e-4: (0.1, 0.2), 2e-4: (0.5, 0.1), 4e-4: (0.25, 0.4), 8e-4: (0.0, 0.0)}
-    monkeypatch.setattr(confirm, "_discovery", lambda value: value)
-    assert confirm.best_rate(scores) == (4e-4, 2e-4, 8e-4)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(measures_module, "_discovery", lambda value: value)
+    assert best_rate(scores) == (4e-4, 2e-4, 8e-4)  # pyright: ignore[reportArgumentType]
     scores.pop(8e-4)
     with pytest.raises(UserError, match=r"best learning rate is 0.0004 .*half and twice"):
-        confirm.best_rate(scores)  # pyright: ignore[reportArgumentType]
+        best_rate(scores)  # pyright: ignore[reportArgumentType]
 
 
 def test_bad_words():

@@ -1,0 +1,137 @@
+"""A claim as a TOML file states it, and the rule that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from interp.confirm import FEWEST, LAYERS, Wanted
+from interp.measures import MEASURES
+from superclip.errors import UserError, nearest
+from superclip.loss_options import LOSS_OPTIONS
+
+SCHEMA = 1
+Test = Literal["above", "below", "within"]
+Decision = Literal["supported", "refuted", "not decided"]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A claim, as a TOML file states it.
+
+    Attributes:
+        claim: in words.
+        test: above, below: the value lies beyond `margin` on that side. within: it lies closer to 0
+            than `margin`.
+        margin: the least that would matter, in the measure's unit.
+        wanted: what is measured.
+        losses: that --ckpt and, where two sides compare, --against were trained with; None for
+            any. With two of them the value is that of the first minus that of the second.
+        differs: options in which two sides may differ, beside loss, its own options and rate.
+        why: of the margin, and whatever a reader should know.
+        sha256: of the file.
+    """
+
+    claim: str
+    test: Test
+    margin: float
+    wanted: Wanted
+    losses: tuple[str | None, ...]
+    differs: tuple[str, ...]
+    why: str
+    sha256: str
+
+    def decide(self, low: float, high: float) -> Decision:
+        """By where the whole 95 % interval lies."""
+        m = self.margin
+        if self.test == "above":
+            yes, no = low > m, high < m
+        elif self.test == "below":
+            yes, no = high < m, low > m
+        else:
+            yes, no = -m < low and high < m, low > m or high < -m
+        return "supported" if yes else "refuted" if no else "not decided"
+
+    @property
+    def rule(self) -> str:
+        """What is claimed, in numbers."""
+        what, unit = self.wanted.measure, MEASURES[self.wanted.measure].unit
+        told = f"{what} (first - second)" if len(self.losses) == 2 else what
+        if self.test == "within":
+            return f"{told} within {-self.margin:g} .. {self.margin:g} {unit}"
+        return f"{told} {self.test} {self.margin:g} {unit}"
+
+
+def read_hypothesis(path: Path) -> Hypothesis:
+    """A claim from its file.
+
+    Raises:
+        UserError: naming the key that is missing, unknown, idle or of the wrong kind.
+    """
+    try:
+        data = path.read_bytes()
+        held = tomllib.loads(data.decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no hypothesis file: {str(error)[:200]}") from None
+
+    def take(key: str, kind: type, default: Any = None) -> Any:
+        value = held.pop(key, default)
+        if kind is float and type(value) is int and abs(value) < 1e9:
+            value = float(value)
+        empty = isinstance(value, str) and not (value.strip() and value.isprintable())
+        if type(value) is not kind or empty:
+            told = f"{value!r}"[:80]
+            raise UserError(f"{path}: {key} must be given, as {kind.__name__}; it is {told}")
+        return value
+
+    if type(schema := held.pop("schema", None)) is not int or schema != SCHEMA:
+        raise UserError(f"{path} is of schema {schema}; this version reads schema {SCHEMA}")
+    claim, test, why = take("claim", str), take("test", str), take("why", str)
+    margin, measure = take("margin", float), take("measure", str)
+    losses: tuple[str | None, ...] = (None,)
+    if "first" in held or "second" in held:
+        first = take("first", str)
+        losses = (first, take("second", str)) if "second" in held else (first,)
+    differs = take("differs", list, []) if len(losses) == 2 else []
+    if measure not in MEASURES:
+        raise UserError(f"{path}: measure {measure!r} is unknown; {nearest(measure, MEASURES)}")
+    options: dict[str, Any] = {}
+    for key in ("pictures", *MEASURES[measure].options):
+        if key in held:
+            kind: type = {"pictures": int, "kinds": list, "share": float}.get(key, str)
+            options[key] = take(key, kind)
+    if held:
+        known = ("pictures", *MEASURES[measure].options)
+        raise UserError(
+            f"{path}: {next(iter(held))!r} is nothing that {measure} reads (it reads "
+            f"{', '.join(known)})"
+        )
+    kinds = options.get("kinds", ["any"])
+    if not kinds or not all(type(k) is str for k in kinds) or len({*kinds}) < len(kinds):
+        raise UserError(f"{path}: kinds must name some, each once; it is {kinds!r}"[:200])
+    options["kinds"] = tuple(options.get("kinds", ()))
+    wanted = Wanted(measure, **options)
+    for key, value, allowed in (
+        ("heads", wanted.heads, LAYERS),
+        ("minus", wanted.minus or "untrained", (*LAYERS, "untrained")),
+        ("attention", wanted.attention, ("class", "patches")),
+        ("test", test, ("above", "below", "within")),
+        ("first", losses[0] or "any", ("any", *LOSS_OPTIONS)),
+        ("second", losses[-1] or "any", ("any", *LOSS_OPTIONS)),
+    ):
+        if value not in allowed:
+            raise UserError(f"{path}: {key} {value!r} is none of {', '.join(map(str, allowed))}")
+    if not math.isfinite(margin) or (test == "within" and margin <= 0):
+        raise UserError(f"{path}: margin {margin} must be finite, and above 0 for test 'within'")
+    if not 0 < wanted.share < 1:
+        raise UserError(f"{path}: share {wanted.share} must lie between 0 and 1")
+    if wanted.pictures is not None and not FEWEST <= wanted.pictures <= 10**7:
+        raise UserError(f"{path}: pictures {wanted.pictures} must lie in {FEWEST}..10^7")
+    if wanted.minus == wanted.heads:
+        raise UserError(f"{path}: heads and minus are both {wanted.minus!r}; nothing is left")
+    digest = hashlib.sha256(data).hexdigest()
+    return Hypothesis(claim, test, margin, wanted, losses, tuple(differs), why, digest)

@@ -1,0 +1,113 @@
+"""A decided claim: every seed's value, the value with its interval, and the course behind it."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from interp.render.canvas import LIGHT, Theme, place, themed, write
+
+WIDTH, HEIGHT = 3.0, 1.9
+
+
+def figure(report: dict[str, Any], theme: Theme = LIGHT) -> Figure | None:
+    """Left every seed's value, a row a side; below it the value that is decided, its 95 % interval
+    and the margin (dashed). Right, where the measure has one, the course of every seed (thin) and
+    their mean. None where nothing was measured."""
+    if "values" not in report:
+        return None
+    two, course = len(report["values"]) == 2, report["courses"][0][0] is not None
+    colours = (theme.towers, theme.pixels)[: len(report["values"])]
+    names = [models[0]["loss"] for models in report["models"]]
+    if len(set(names)) < len(names):
+        names = ["first", "second"]
+    with themed(theme):
+        across = 8.4 if course else 5.4
+        wide, spare = (WIDTH if course else across - 1.1), (0.0 if course or two else 0.45)
+        result = Figure(figsize=(across, HEIGHT + 1.8 - spare))
+        title = textwrap.fill(report["hypothesis"]["claim"], int(12 * across))
+        write(result, 0.15, 0.1, title, size=9, weight="bold")
+        top, high = 0.65, HEIGHT * (0.55 if two else 0.8)
+        axes = place(result, 0.85, top, wide, high)
+        _seeds(axes, report, names, colours, theme)
+        if two:
+            below = place(result, 0.85, top + high + 0.36, wide, HEIGHT - high - 0.2)
+            below.set_yticks([0], ["difference"])
+            below.set_ylim(-1, 1)
+            _decided(below, report, 0.0, 0.0, theme)
+            below.set_xlabel(report["unit"])
+        else:
+            axes.set_xlabel(report["unit"])
+        if course:
+            right = place(result, across - WIDTH - 0.2, top, WIDTH, HEIGHT + 0.16)
+            _courses(right, report, names, colours, theme)
+        told = textwrap.fill(_caption(report), int(15.5 * across))
+        write(result, 0.15, HEIGHT + 1.27 - spare, told, size=7.5)
+    return result
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=2)
+    axes.tick_params(axis="y", length=0)
+
+
+def _seeds(
+    axes: Axes, report: dict[str, Any], names: list[str], colours: tuple[str, ...], theme: Theme
+) -> None:
+    two = len(names) == 2
+    rows = [np.array(values) for values in report["values"]]
+    for k, (values, colour) in enumerate(zip(rows, colours)):
+        axes.plot(values, np.full(len(values), -k), "o", ms=5, mfc="none", mec=colour, mew=1.2)
+    if two and report["paired"]:
+        for pair in zip(*rows):
+            axes.plot(pair, (0, -1), color=theme.rule, linewidth=0.7, zorder=0)
+    if not two:
+        _decided(axes, report, report["level"], -1.0, theme)
+    labels = names if two else [*names, "mean"]
+    axes.set_yticks([-k for k in range(len(labels))], labels)
+    axes.set_ylim(-1.6, 0.6)
+    _bare(axes)
+
+
+def _decided(axes: Axes, report: dict[str, Any], level: float, row: float, theme: Theme) -> None:
+    low, value, high = (level + report[key] for key in ("low", "value", "high"))
+    axes.plot([low, high], [row, row], color=theme.ink, linewidth=1.4)
+    axes.plot(value, row, "s", ms=5, color=theme.ink)
+    margin, test = report["hypothesis"]["margin"], report["hypothesis"]["test"]
+    axes.axvline(level, color=theme.rule, linewidth=0.8, zorder=0)
+    for edge in {margin, -margin} if test == "within" else {margin}:
+        if edge:
+            axes.axvline(level + edge, color=theme.muted, linewidth=0.8, linestyle="--", zorder=0)
+    _bare(axes)
+
+
+def _courses(
+    axes: Axes, report: dict[str, Any], names: list[str], colours: tuple[str, ...], theme: Theme
+) -> None:
+    what, at, _ = report["courses"][0][0]
+    axes.axhline(0, color=theme.rule, linewidth=0.8, zorder=0)
+    for arm, name, colour in zip(report["courses"], names, colours):
+        lines = np.array([values for _, _, values in arm])
+        axes.plot(at, lines.T, color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot(at, lines.mean(axis=0), "o-", ms=3, color=colour, linewidth=1.8, label=name)
+    axes.set_xlabel(what)
+    axes.set_ylabel("mean excess of all heads")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=2)
+    if what == "layer":
+        axes.set_xticks(at)
+    axes.legend(frameon=False, fontsize=7.5)
+
+
+def _caption(report: dict[str, Any]) -> str:
+    seeds = " and ".join(map(str, report["seeds"]))
+    return (
+        f"{report['decision']}: claimed {report['rule']}. Circles: seeds ({seeds}); square: "
+        f"value with 95 % interval; n = {report['pictures']['n']} confirm pictures; grey line: "
+        f"chance or no difference; dashed: the margin."
+    )
