@@ -86,6 +86,12 @@ table() { # NAME FIRST SECOND OPTIONS...: one arm against another
         --out "$out/tables/$name.json" --overwrite >"$out/tables/$name.part"
     mv "$out/tables/$name.part" "$out/tables/$name.txt"
 }
+grounding() { # NAME FIRST SECOND: every tower's champion and the excess of its layers, on validation pictures
+    [ -e "$out/tables/$1.txt" ] && return
+    # shellcheck disable=SC2046
+    python -m interp.compare $(of "$2") --against $(of "$3") --device "$device" --overwrite >"$out/tables/$1.part"
+    mv "$out/tables/$1.part" "$out/tables/$1.txt"
+}
 claim() { # NAME AS CHECKPOINTS...: decided once; queued
     local name=$1 as=$2
     shift 2
@@ -104,6 +110,7 @@ base() {
 claims() {
     # shellcheck disable=SC2046
     sweep $(of superclip clip)
+    grounding grounding superclip clip
     local one
     for one in superclip clip; do
         for name in early_grounding late_crystallisation champion_is_causal; do
@@ -116,7 +123,7 @@ claims() {
         claim "$name" "$name" --ckpt $(of superclip) --against $(of clip)
     done
     run_queue
-    cat "$out"/claims/*.txt
+    cat "$out/tables/grounding.txt" "$out"/claims/*.txt
 }
 rates() {
     local rate all=(1.5e-4 3e-4 6e-4 1.2e-3)
@@ -155,6 +162,8 @@ photographs() { # Flickr8k, 3 seeds: descriptive
     table flickr flickr/superclip flickr/clip
     # shellcheck disable=SC2046
     sweep $(of flickr/superclip flickr/clip)
+    grounding flickr-grounding flickr/superclip flickr/clip
+    cat "$out"/tables/flickr*.txt
 }
 declare -A head=([superclip]="--head-vocab seen")
 
