@@ -26,7 +26,7 @@ if [[ " $* " == *" photographs "* && ! -d ${FLICKR:-} ]]; then
     echo "error: photographs needs FLICKR=FOLDER, Flickr8k in COCO form" >&2 && exit 2
 fi
 mkdir -p "$out/tables"
-seeds=${SEEDS:-0 1 2 3 4 5}
+seeds=${SEEDS:-6 7 8 9 10 11} # 0 to 5 were looked at before the claims were written
 study="seeds $seeds; options ${OPTIONS:-none}"
 [ -e "$out/study.txt" ] || echo "$study" >"$out/study.txt"
 if [ "$(cat "$out/study.txt")" != "$study" ]; then
@@ -100,10 +100,12 @@ claim() { # NAME AS CHECKPOINTS...: decided once; queued
         --device "$device" --out "$out/claims/$as.json"
 }
 
-base() {
+base() { # superclip and clip at their own rates (5e-4 and 3e-4), and superclip at clip's
     for name in superclip clip; do arm "$name" --recipe "scenes-$name" --save-every 200; done
+    arm superclip-3e-4 --recipe scenes-superclip --lr 3e-4 --save-every 200
     run_queue
     table base superclip clip --tasks retrieval zeroshot
+    table base-same-rate superclip-3e-4 clip --tasks retrieval zeroshot
     table base-compositional superclip clip --tasks compositional --num 10000
     cat "$out"/tables/base*.txt
 }
@@ -118,23 +120,28 @@ claims() {
             claim "$name" "$name-$one" --ckpt $(of "$one")
         done
     done
-    for name in earlier_in_depth earlier_in_training binding; do
+    for name in earlier_in_depth earlier_in_training earlier_in_depth_patches earlier_in_training_patches binding; do
         # shellcheck disable=SC2046
         claim "$name" "$name" --ckpt $(of superclip) --against $(of clip)
+    done
+    run_queue
+    for name in earlier_in_depth earlier_in_training; do
+        # shellcheck disable=SC2046
+        claim "${name}_same_rate" "${name}_same_rate" --ckpt $(of superclip-3e-4) --against $(of clip)
     done
     run_queue
     cat "$out/tables/grounding.txt" "$out"/claims/*.txt
 }
 rates() {
-    local rate all=(1.5e-4 3e-4 6e-4 1.2e-3)
+    local rate all=(1.5e-4 6e-4 1.2e-3) # and 3e-4, of base
     for rate in "${all[@]}"; do
-        for name in superclip clip; do arm "rates/$name-$rate" --recipe "scenes-$name" --lr "$rate"; done
+        for name in superclip clip; do arm "$name-$rate" --recipe "scenes-$name" --lr "$rate"; done
     done
     run_queue
-    for rate in "${all[@]}"; do table "rates-$rate" "rates/superclip-$rate" "rates/clip-$rate" --tasks retrieval zeroshot; done
+    for rate in "${all[@]}"; do table "rates-$rate" "superclip-$rate" "clip-$rate" --tasks retrieval zeroshot; done
     # shellcheck disable=SC2046
-    claim learning_rate_sensitivity learning_rate_sensitivity --ckpt $(of "${all[@]/#/rates/superclip-}") \
-        --against $(of "${all[@]/#/rates/clip-}")
+    claim learning_rate_sensitivity learning_rate_sensitivity --ckpt $(of superclip-3e-4 "${all[@]/#/superclip-}") \
+        --against $(of clip "${all[@]/#/clip-}")
     run_queue
     cat "$out/claims/learning_rate_sensitivity.txt"
 }
