@@ -32,6 +32,7 @@ class Hypothesis:
         losses: that --ckpt and, where two sides compare, --against were trained with; None for
             any. With two of them the value is that of the first minus that of the second.
         differs: options in which two sides may differ, beside loss, its own options and rate.
+        same_rate: whether the learning rate must be the same for both.
         why: of the margin, and whatever a reader should know.
         sha256: of the file.
     """
@@ -42,6 +43,7 @@ class Hypothesis:
     wanted: Wanted
     losses: tuple[str | None, ...]
     differs: tuple[str, ...]
+    same_rate: bool
     why: str
     sha256: str
 
@@ -55,6 +57,13 @@ class Hypothesis:
         else:
             yes, no = -m < low and high < m, low > m or high < -m
         return "supported" if yes else "refuted" if no else "not decided"
+
+    def edges(self, value: float) -> tuple[float, ...]:
+        """The margin(s) that a value must be told from: of `within` both, from inside."""
+        if self.test != "within":
+            return (self.margin,)
+        inside = abs(value) < self.margin
+        return (-self.margin, self.margin) if inside else (math.copysign(self.margin, value),)
 
     @property
     def rule(self) -> str:
@@ -97,13 +106,14 @@ def read_hypothesis(path: Path) -> Hypothesis:
         first = take("first", str)
         losses = (first, take("second", str)) if "second" in held else (first,)
     differs = take("differs", list, []) if len(losses) == 2 else []
+    same_rate = take("same_rate", bool, False) if len(losses) == 2 else False
     if measure not in MEASURES:
         raise UserError(f"{path}: measure {measure!r} is unknown; {nearest(measure, MEASURES)}")
     options: dict[str, Any] = {}
+    kinds_of = {"pictures": int, "kinds": list, "share": float, "rates": list}
     for key in ("pictures", *MEASURES[measure].options):
         if key in held:
-            kind: type = {"pictures": int, "kinds": list, "share": float}.get(key, str)
-            options[key] = take(key, kind)
+            options[key] = take(key, kinds_of.get(key, str))
     if held:
         known = ("pictures", *MEASURES[measure].options)
         raise UserError(
@@ -114,6 +124,12 @@ def read_hypothesis(path: Path) -> Hypothesis:
     if not kinds or not all(type(k) is str for k in kinds) or len({*kinds}) < len(kinds):
         raise UserError(f"{path}: kinds must name some, each once; it is {kinds!r}"[:200])
     options["kinds"] = tuple(options.get("kinds", ()))
+    if MEASURES[measure].rates:
+        rates = options.get("rates", [])
+        good = all(type(r) is float and 0 < r < math.inf for r in rates)
+        if len({*rates}) < 3 or len({*rates}) < len(rates) or not good:
+            raise UserError(f"{path}: rates must be three numbers at least; it is {rates!r}"[:200])
+        options["rates"] = tuple(rates)
     wanted = Wanted(measure, **options)
     for key, value, allowed in (
         ("heads", wanted.heads, LAYERS),
@@ -134,4 +150,4 @@ def read_hypothesis(path: Path) -> Hypothesis:
     if wanted.minus == wanted.heads:
         raise UserError(f"{path}: heads and minus are both {wanted.minus!r}; nothing is left")
     digest = hashlib.sha256(data).hexdigest()
-    return Hypothesis(claim, test, margin, wanted, losses, tuple(differs), why, digest)
+    return Hypothesis(claim, test, margin, wanted, losses, tuple(differs), same_rate, why, digest)

@@ -63,6 +63,7 @@ class Wanted:
         pictures: of confirm; None: 1 000 scenes, or all of other data.
         kinds: of compositional questions.
         share: of its last value, at which a curve counts as there.
+        rates: learning rates over which sensitivity is asked.
     """
 
     measure: str
@@ -72,12 +73,14 @@ class Wanted:
     pictures: int | None = None
     kinds: tuple[str, ...] = ()
     share: float = 0.5
+    rates: tuple[float, ...] = ()
 
     @property
     def question(self) -> dict[str, Any]:
         """What makes two claims ask the same of a model, whatever they expect and of how many
         pictures."""
-        return {k: v for k, v in asdict(self).items() if k != "pictures"}
+        held = {k: v for k, v in asdict(self).items() if k != "pictures"}
+        return held | {"kinds": sorted(self.kinds), "rates": sorted(self.rates)}
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from interp.config import HypothesisConfig
+from interp.ledger import LEDGER, Look, looks, record, result_sha256
 from superclip.errors import UserError, check_writable, replace_text, run_command
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from interp.claim import Decision, Hypothesis
     from interp.confirm import Confirm
     from interp.measures import Answer
@@ -41,10 +46,10 @@ def main(argv: list[str]) -> None:
 
     config = parse(HypothesisConfig, argv, "python -m interp.hypothesis", DESCRIPTION)
     from interp.render.canvas import png
-    from interp.render.claim import figure
+    from interp.render.claim import figure, said
 
     report, path = decide_one(config)
-    print("\n".join(lines(report)))
+    print("\n".join(said(report, code_sha256())))
     print(f"\nresult: {path}")
     if (drawn := figure(report)) is not None:
         picture = path.with_suffix(".png")
@@ -77,6 +82,7 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
     if two:
         _refuse_unlike(sides[0][0][0], sides[1][0][0], hypothesis)
     checkpoints = [[c for seed in side for c in seed] for side in sides]
+    flat = [c for side in checkpoints for c in side]
     asked = {
         "file_sha256": hypothesis.sha256,
         "checkpoints": [[c.sha256 for c in side] for side in checkpoints],
@@ -85,67 +91,65 @@ def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
     }
     if path.exists() and not config.exploratory:
         held = _held(path)
-        if held["asked"] == asked:
-            return held, path
-        _refuse_other(held, asked, path, config.file)
-    ledgers = dict.fromkeys(c.path.parent / LEDGER for side in checkpoints for c in side)
-    mine = {c.sha256 for side in checkpoints for c in side}
-
-    def looks() -> list[dict[str, Any]]:
-        return [one for path in ledgers for one in _looks(path) if one["checkpoint"] in mine]
-
-    same = [look for look in looks() if look["question"] == hypothesis.wanted.question]
-    if same and not config.exploratory:
-        raise UserError(
-            f"these models' confirm pictures have answered {hypothesis.wanted.measure} of these "
-            f"heads before ({LEDGER} beside them: {same[-1]['decision']}, file sha256 "
-            f"{same[-1]['file_sha256'][:12]}); whatever is asked again is exploratory: "
-            "--exploratory decides it and says so"
-        )
+        if held["asked"] != asked:
+            _refuse_other(held, asked, path, config.file)
+        mine = [one for one in looks(flat) if one.file_sha256 == hypothesis.sha256]
+        written = {one.result for one in mine if not one.exploratory}
+        if written and result_sha256(path) not in written:
+            raise UserError(f"{path} was changed since it was written ({LEDGER} knows)")
+        record(path, held, flat)  # a run cut short may not have
+        return held, path
+    question = hypothesis.wanted.question
+    spent = [look for look in looks(flat[: len(checkpoints[0])]) if look.same(question, None)]
+    if spent and not config.exploratory:
+        _refuse_again(hypothesis, spent[-1])
     report = {
         "schema": SCHEMA,
         "asked": asked,
         "exploratory": config.exploratory,
-        "before": [{k: look[k] for k in ("file_sha256", "decision")} for look in same],
         "commit": commit(),
+        "code": code_sha256(),
+        "question": question,
     }
     report |= decide(hypothesis, sides, config)
-    others = {one["file_sha256"] for one in looks()} - {hypothesis.sha256}  # some decided meanwhile
+    held = [
+        [look for look in looks([c]) if look.same(question, of)]
+        for c, of in zip(flat, report["told"], strict=True)
+    ]
+    spent = [look for own in held[: len(checkpoints[0])] for look in own]
+    if spent and not config.exploratory:
+        _refuse_again(hypothesis, spent[-1])
+    before = {(one.decision, one.file_sha256): None for own in held for one in own}
+    report["before"] = [[decision, sha[:12]] for decision, sha in before]
+    others = {one.file_sha256 for one in looks(flat)} - {hypothesis.sha256}
     report["claim_number"] = 1 + len(others)
     replace_text(path, json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    look = {"question": hypothesis.wanted.question, "file_sha256": hypothesis.sha256}
-    look |= {"decision": report["decision"], "exploratory": config.exploratory}
-    for one in (c for side in checkpoints for c in side):
-        with (one.path.parent / LEDGER).open("a") as file:
-            file.write(json.dumps(look | {"checkpoint": one.sha256}) + "\n")
+    record(path, report, flat)
     return report, path
+
+
+def _refuse_again(hypothesis: Hypothesis, look: Look) -> NoReturn:
+    """Raises UserError: the question has its answer."""
+    raise UserError(
+        f"the confirm pictures of --ckpt have answered {hypothesis.wanted.measure} of these heads "
+        f"before ({LEDGER} beside it: {look.decision}, file sha256 {look.file_sha256[:12]}); "
+        "whatever is asked again is exploratory: --exploratory decides it and says so"
+    )
+
+
+def code_sha256() -> str:
+    """Of the source of both packages."""
+    digest = hashlib.sha256()
+    for name in ("superclip", "interp"):
+        folder = Path(__file__).parents[1] / name
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def default_result(ckpt: Path, name: str) -> Path:
     """Where a decision stands."""
     return ckpt.parent / f"hypothesis-{name}.json"
-
-
-LEDGER = "confirm.jsonl"
-"""Beside every checkpoint: what its confirm pictures have answered, one line a look."""
-
-
-def _looks(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = {"question", "file_sha256", "decision", "checkpoint"}
-        if not all(kept <= {*look} for look in found):
-            raise ValueError("a line is not whole")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} can't be read ({error}); it tells what was looked at before, so mend it"
-        ) from None
-    return [
-        look | {"question": look["question"] | {"kinds": tuple(look["question"]["kinds"])}}
-        for look in found
-    ]
 
 
 def _beside(checkpoint: Checkpoint, hypothesis: Hypothesis) -> list[str]:
@@ -159,7 +163,7 @@ def _beside(checkpoint: Checkpoint, hypothesis: Hypothesis) -> list[str]:
         sweep = default_folder(path, hypothesis.wanted.attention) / "results.json"
         found += [file_sha256(sweep)] if sweep.is_file() else []
     if hypothesis.wanted.measure == "onset":
-        found += [f"{p.name} {p.stat().st_size}" for p in resumable(path.parent)]
+        found += [f"{p.name} {file_sha256(p)}" for p in resumable(path.parent)]
     return found
 
 
@@ -174,21 +178,24 @@ def _refuse_unlike(one: Checkpoint, other: Checkpoint, hypothesis: Hypothesis) -
     from superclip.config import differences
 
     assert one.config is not None and other.config is not None
-    free = {"loss", "lr", "seed", *hypothesis.differs}
+    free = {"loss", "seed", *hypothesis.differs, *([] if hypothesis.same_rate else ["lr"])}
     found = differences(one.config, other.config)
     if odd := [line for line in found if line.partition(":")[0] not in free]:
         raise UserError(
-            f"the sides differ in {odd[0]}; the claim is of losses alone (its file may list more: "
-            f"differs = [{odd[0].partition(':')[0]!r}])"
+            f"the sides differ in {odd[0]}; the claim is of losses alone"
+            + (" at one rate" if hypothesis.same_rate else "")
+            + f" (its file may list more: differs = [{odd[0].partition(':')[0]!r}])"
         )
 
 
 def _held(path: Path) -> dict[str, Any]:
+    from interp.render.claim import said
+
     try:
         held = json.loads(path.read_text())
         if held["schema"] != SCHEMA:
             raise ValueError(f"schema {held['schema']}")
-        lines(held)
+        said(held, "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no result of this version ({error}); --out FILE") from None
     return held
@@ -223,6 +230,7 @@ def _open_side(
     by_rate: dict[float, list[Checkpoint]] = {}
     rates = MEASURES[hypothesis.wanted.measure].rates
     for found in map(load_checkpoint, paths):
+        assert found.weights_sha256  # taken while the weights are here
         found.model.to("meta")  # opened again when its turn comes
         assert found.config is not None
         if loss not in (None, found.config.loss):
@@ -249,6 +257,8 @@ def decide(
     hypothesis: Hypothesis, sides: Sequence[list[list[Checkpoint]]], config: HypothesisConfig
 ) -> dict[str, Any]:
     """Measure every model on its confirm pictures, and decide."""
+    import numpy as np
+
     from interp.measures import MEASURES, NothingToTell
     from superclip.evaluation.measures import Measure
     from superclip.evaluation.tasks import share_initial_weights
@@ -259,16 +269,16 @@ def decide(
         "hypothesis": {k: v for k, v in asdict(hypothesis).items() if k != "sha256"},
         "rule": hypothesis.rule,
         "unit": measure.unit,
-        "chance": "0" if len(sides) == 2 else measure.chance,
+        "chance": "0" if len(sides) == 2 else measure.chance_of(hypothesis.wanted),
         "level": measure.level,
         "models": models,
         "seeds": [len(side) for side in sides],
     }
-    if measure.rates:
-        sides = [_best_and_neighbours(side, hypothesis, config) for side in sides]
     answers: list[list[Answer]] = []
     pictures: dict[str, Any] = {}
     try:
+        if measure.rates:
+            sides = [_best_first(side, hypothesis, config) for side in sides]
         for side in sides:
             arm = []
             for seed in side:
@@ -279,50 +289,82 @@ def decide(
                 arm.append(found)
             answers.append(arm)
     except NothingToTell as error:
-        return report | {"decision": "not decided", "nothing": str(error)}
+        return report | {
+            "decision": "not decided",
+            "nothing": str(error),
+            "told": ["nothing"] * sum(map(len, models)),
+        }
     name = hypothesis.wanted.measure
     arms = [[Measure(name, a.statistic, 0.0, percent=False) for a in arm] for arm in answers]
     paired = len(sides) == 2 and share_initial_weights(*([s[0] for s in side] for side in sides))
     found = compared(arms, hypothesis, config.draws, paired)
     least = min(map(len, arms))
     few = least < SEEDS and (least > 1 or len(arms) == 2)
+    values = [[m.statistic.value for m in arm] for arm in arms]
+    if not np.isfinite([found.low, found.high, *chain(*values)]).all():
+        raise UserError(f"{name} is not finite for some model: {values}")
     sure = found.high - found.low > 1e-12
+    flips = None
     decision: Decision = "not decided"
     if sure and not few:
         decision = hypothesis.decide(found.low, found.high)
+        if least > 1:
+            shifted = [[v - measure.level for v in values[0]], *values[1:]]
+            flips = max(relabelled(shifted, edge, paired) for edge in hypothesis.edges(found.value))
+            decision = decision if flips <= 0.05 else "not decided"
     return report | {
         "of": [[a.told for a in arm] for arm in answers],
         "courses": [[a.course for a in arm] for arm in answers],
-        "values": [[m.statistic.value for m in arm] for arm in arms],
+        "values": values,
+        "told": [a.told for arm, side in zip(answers, sides) for a, s in zip(arm, side) for _ in s],
+        "flips": flips,
         "pictures": pictures,
         "paired": paired,
         **{k: getattr(found, k) for k in ("value", "low", "high", "freedom", "detectable")},
         "test": "bootstrap over pictures" if found.freedom is None else found.test,
         "power": chance_of_verdict(hypothesis, found),
         "too_few_seeds": few,
+        "least_seeds": SEEDS,
         "no_spread": not sure,
         "decision": decision,
     }
 
 
-def _best_and_neighbours(
+def relabelled(values: Sequence[Sequence[float]], edge: float, paired: bool) -> float:
+    """Two-sided p of the exact test over seeds that the value is `edge`: signs flipped, by seed or
+    by pair, else seeds relabelled. It asks nothing of their distribution but symmetry, where t asks
+    that it be normal (all of 2^n or of the choices; above 9 999, so many drawn)."""
+    import numpy as np
+    from scipy.stats import permutation_test
+
+    first = np.array(values[0]) - edge
+    if len(values) == 2 and not paired:
+        data, kind = (first, np.array(values[1])), "independent"
+    else:
+        data, kind = (first - (np.array(values[1]) if paired else 0),), "samples"
+
+    def mean(a: np.ndarray, b: np.ndarray | None = None, axis: int = -1) -> np.ndarray:
+        return a.mean(axis) if b is None else a.mean(axis) - b.mean(axis)
+
+    found = permutation_test(data, mean, permutation_type=kind, vectorized=True, rng=0)
+    return float(found.pvalue)
+
+
+def _best_first(
     side: list[list[Checkpoint]], hypothesis: Hypothesis, config: HypothesisConfig
 ) -> list[list[Checkpoint]]:
-    """Of each seed the model at the side's best rate, at half and at twice of it."""
+    """Each seed's models, that at the side's best rate of discovery first."""
     from interp.confirm import open_confirm
-    from interp.measures import best_rate
+    from interp.measures import best_rate, discovery_recall
     from superclip.model.weights import load_checkpoint
 
-    by_rate: dict[float, list[Confirm]] = {}
+    scores: dict[float, list[float]] = {}
     for one in (c for seed in side for c in seed):
         assert one.config is not None
         opened = open_confirm(load_checkpoint(one.path), hypothesis.wanted, config)
-        by_rate.setdefault(one.config.lr, []).append(opened)
-    rates = best_rate(by_rate)
-    return [
-        [next(c for c in seed if c.config and c.config.lr == rate) for rate in rates]
-        for seed in side
-    ]
+        scores.setdefault(one.config.lr, []).append(discovery_recall(opened))
+    best = best_rate(scores)
+    return [sorted(seed, key=lambda c: not (c.config and c.config.lr == best)) for seed in side]
 
 
 def _measured(
@@ -401,59 +443,6 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "seed": config.seed,
         "epoch": checkpoint.epoch,
     }
-
-
-def lines(report: dict[str, Any]) -> list[str]:
-    """A result as text."""
-    held, unit = report["hypothesis"], report["unit"]
-    told = [held["claim"], f"  claimed: {report['rule']} (chance: {report['chance']})"]
-    if nothing := report.get("nothing"):
-        told.append(f"NOT DECIDED ({nothing})")
-        return [*told, *_last_lines(report)]
-    digits = 0 if unit == "steps" else 4
-    number = f".{digits}f"
-    for name, models, values, what in zip(
-        ("first", "second"), report["models"], report["values"], report["of"]
-    ):
-        rates = sorted({m["lr"] for m in models})
-        recipe = f"{models[0]['loss']} {models[0]['model']} lr {', '.join(f'{r:g}' for r in rates)}"
-        told.append(f"  {name}: {recipe}" if len(report["models"]) > 1 else f"  {recipe}")
-        told += [f"    {v:{number}} ({w})" for v, w in zip(values, what)]
-    pictures, seeds = report["pictures"], report["seeds"]
-    band = f"{report['value']:{number}} [{report['low']:{number}}, {report['high']:{number}}]"
-    told.append(
-        f"  {band} {unit}, n = {pictures['n']} confirm pictures of {pictures['data']}, "
-        f"{' and '.join(map(str, seeds))} seed(s), {report['test']}"
-    )
-    if report["detectable"] and held["test"] != "within":
-        told.append(
-            f"  a true value {report['detectable']:.{max(digits, 1)}f} {unit} beyond the margin "
-            "would be told in 8 of 10 such tests"
-        )
-    if report["power"] is not None:
-        chance, way = report["power"]
-        told.append(f"  a true value of 0 would be {way} with chance {chance:.2f}")
-    why = ""
-    if report["too_few_seeds"]:
-        why = f" ({min(seeds)} seed(s) a side; {SEEDS} are the least that decide: descriptive)"
-    elif report["no_spread"]:
-        why = " (nothing varies, so that nothing is known of the error)"
-    elif seeds == [1]:
-        why = " (of this checkpoint; nothing is said of its recipe)"
-    return [*told, f"{report['decision'].upper()}{why}", *_last_lines(report)]
-
-
-def _last_lines(report: dict[str, Any]) -> list[str]:
-    told = []
-    if report["exploratory"]:
-        looks = [f"{look['decision']}, {look['file_sha256'][:12]}" for look in report["before"]]
-        told_before = "; ".join(dict.fromkeys(looks))  # a look stands beside every seed
-        seen = f"; these pictures answered before: {told_before}" if looks else ""
-        told.append(f"EXPLORATORY: the claim may have followed a look at the answer{seen}")
-    number = report["claim_number"]
-    told.append(f"file sha256 {report['asked']['file_sha256'][:12]}")
-    told.append(f"claim {number} on these models' confirm pictures, each at 5 %")
-    return told
 
 
 if __name__ == "__main__":

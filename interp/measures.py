@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from interp.confirm import Confirm
+from interp.confirm import Confirm, Wanted
 from interp.stats.intervals import first_held
 from interp.stats.splits import assign_split
 from interp.subject import open_pictures
@@ -200,33 +200,38 @@ def binding(models: Sequence[Confirm]) -> Answer:
 
 
 def sensitivity(models: Sequence[Confirm]) -> Answer:
-    """How much the learning rate matters: image-to-text R@1 at the best rate, less its mean at half
-    and at twice of it. `models` are those three, the best one first (see `best_rate`)."""
-    columns = [_hits(one, one.source, one.rows) for one in models]
-    rates = " ".join(f"{one.found.config.lr:g}" for one in models if one.found.config)
-    lost = columns[0] - (columns[1] + columns[2]) / 2
-    return Answer(_mean(lost), f"best, half, twice: {rates}")
+    """How much the learning rate matters: image-to-text R@1 at the best rate, less its mean over
+    all rates of the claim. `models` are one a rate, the best rate first (see `best_rate`).
+
+    The mean takes in the best rate itself and does not depend on which it is: where two rates are
+    alike, whichever the draw of the seeds calls best, the value is nearly the same.
+    """
+    rates = sorted(one.found.config.lr for one in models if one.found.config)
+    asked = sorted(models[0].wanted.rates)
+    if len(rates) != len(asked) or not np.allclose(rates, asked, rtol=1e-6):
+        told = " ".join(f"{rate:g}" for rate in asked)
+        raise UserError(f"the claim is of the learning rates {told}; give each, once a seed")
+    columns = np.stack([_hits(one, one.source, one.rows) for one in models])
+    best = models[0].found.config
+    assert best is not None
+    return Answer(_mean(columns[0] - columns.mean(axis=0)), f"best of {len(rates)}: {best.lr:g}")
 
 
-def best_rate(side: Mapping[float, Sequence[Confirm]]) -> tuple[float, float, float]:
-    """The rate of highest mean R@1 over seeds, on discovery pictures; with its half and its double.
+def best_rate(scores: Mapping[float, Sequence[float]]) -> float:
+    """The rate of highest mean R@1 over seeds, on discovery pictures.
 
     Raises:
-        UserError: if those two are not among the rates.
+        NothingToTell: if it is the first or the last: a better one may lie beyond.
     """
-    scores = {rate: float(np.mean([_discovery(one) for one in own])) for rate, own in side.items()}
-    best = max(scores, key=lambda rate: scores[rate])
-    near = [next((r for r in scores if abs(r / (best * f) - 1) < 0.01), None) for f in (0.5, 2)]
-    if near[0] is None or near[1] is None:
-        told = ", ".join(f"{rate:g}: {100 * score:.1f}" for rate, score in sorted(scores.items()))
-        raise UserError(
-            f"the best learning rate is {best:g} (R@1 on discovery: {told}); half and twice of it "
-            "must be given, too"
-        )
-    return best, near[0], near[1]
+    means = {rate: float(np.mean(own)) for rate, own in sorted(scores.items())}
+    best = max(means, key=lambda rate: means[rate])
+    if best in (min(means), max(means)):
+        told = ", ".join(f"{rate:g}: {100 * score:.1f}" for rate, score in means.items())
+        raise NothingToTell(f"the best learning rate ends the range (R@1 on discovery: {told})")
+    return best
 
 
-def _discovery(one: Confirm) -> float:
+def discovery_recall(one: Confirm) -> float:
     """R@1 on the discovery pictures of a sweep."""
     assert one.found.config is not None
     source, rows = open_pictures(None, None, None, None, one.found.config.data)
@@ -267,6 +272,11 @@ class Measured:
     rates: bool = False
     level: float = 0.0
 
+    def chance_of(self, wanted: Wanted) -> str:
+        """`chance`, or that it is another where unlike numbers of heads are chosen from."""
+        alike = wanted.minus is None or wanted.minus == "untrained"
+        return self.chance if alike else "0 of equally many heads; below 0 of fewer"
+
 
 MEASURES: Mapping[str, Measured] = {
     "excess": Measured(excess, "excess", "0", ("heads", "minus", "attention")),
@@ -274,5 +284,5 @@ MEASURES: Mapping[str, Measured] = {
     "onset": Measured(onset, "steps", "none", ("attention", "share")),
     "causal": Measured(causal, "margin", "0, of a head like its layer's", ("heads", "attention")),
     "binding": Measured(binding, "share right", "0, from .5", ("kinds",), level=0.5),
-    "sensitivity": Measured(sensitivity, "R@1", "0", rates=True),
+    "sensitivity": Measured(sensitivity, "R@1", "0", ("rates",), rates=True),
 }

@@ -1,4 +1,5 @@
-"""A decided claim: every seed's value, the value with its interval, and the course behind it."""
+"""A decided claim in words and as a figure: every seed's value, the value with its interval, and
+the course behind it."""
 
 from __future__ import annotations
 
@@ -111,3 +112,61 @@ def _caption(report: dict[str, Any]) -> str:
         f"value with 95 % interval; n = {report['pictures']['n']} confirm pictures; grey line: "
         f"chance or no difference; dashed: the margin."
     )
+
+
+def said(report: dict[str, Any], code: str) -> list[str]:
+    """A result as text. `code`: the hash of the code that is run now."""
+    held, unit = report["hypothesis"], report["unit"]
+    told = [held["claim"], f"  claimed: {report['rule']} (chance: {report['chance']})"]
+    if nothing := report.get("nothing"):
+        told.append(f"NOT DECIDED ({nothing})")
+        return [*told, *_last_lines(report, code)]
+    digits = 0 if unit == "steps" else 4
+    number = f".{digits}f"
+    for name, models, values, what in zip(
+        ("first", "second"), report["models"], report["values"], report["of"]
+    ):
+        rates = sorted({m["lr"] for m in models})
+        recipe = f"{models[0]['loss']} {models[0]['model']} lr {', '.join(f'{r:g}' for r in rates)}"
+        told.append(f"  {name}: {recipe}" if len(report["models"]) > 1 else f"  {recipe}")
+        told += [f"    {v:{number}} ({w})" for v, w in zip(values, what)]
+    pictures, seeds = report["pictures"], report["seeds"]
+    band = f"{report['value']:{number}} [{report['low']:{number}}, {report['high']:{number}}]"
+    told.append(
+        f"  {band} {unit}, n = {pictures['n']} confirm pictures of {pictures['data']}, "
+        f"{' and '.join(map(str, seeds))} seed(s), {report['test']}"
+    )
+    if report["detectable"] and held["test"] != "within":
+        told.append(
+            f"  a true value {report['detectable']:.{max(digits, 1)}f} {unit} beyond the margin "
+            "would be told in 8 of 10 such tests"
+        )
+    if report["flips"] is not None:
+        told.append(f"  exact test over seeds: p {report['flips']:.4f}, and .05 is needed, too")
+    if report["power"] is not None:
+        chance, way = report["power"]
+        told.append(f"  a true value of 0 would be {way} with chance {chance:.2f}")
+    why = ""
+    if report["too_few_seeds"]:
+        least = report["least_seeds"]
+        why = f" ({min(seeds)} seed(s) a side; {least} are the least that decide: descriptive)"
+    elif report["no_spread"]:
+        why = " (nothing varies, so that nothing is known of the error)"
+    elif seeds == [1]:
+        why = " (of this checkpoint; nothing is said of its recipe)"
+    return [*told, f"{report['decision'].upper()}{why}", *_last_lines(report, code)]
+
+
+def _last_lines(report: dict[str, Any], code: str) -> list[str]:
+    told = []
+    if report["exploratory"]:
+        told.append("EXPLORATORY: the claim may have followed a look at the answer")
+    if before := "; ".join(", ".join(look) for look in report["before"]):
+        whose = "these models'" if report["exploratory"] else "the second side's"
+        told.append(f"{whose} confirm pictures answered this before: {before}")
+    if report["code"] != code:
+        told.append(f"decided by other code than this, of commit {report['commit'][:12]}")
+    number = report["claim_number"]
+    told.append(f"file sha256 {report['asked']['file_sha256'][:12]}")
+    told.append(f"claim {number} on these models' confirm pictures, each at 5 %")
+    return told

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,6 +105,11 @@ class Checkpoint:
     config: TrainConfig[Any] | None
     epoch: int
     facts: dict[str, Any]
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the CLIP's weights, whatever file holds them; taken when first asked for."""
+        return state_sha256(self.model.clip.state_dict())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

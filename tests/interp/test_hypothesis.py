@@ -21,9 +21,9 @@ from interp.claim import read_hypothesis
 from interp.config import HypothesisConfig, OfSweep
 from interp.confirm import Grounding, Wanted, layers_of, open_confirm
 from interp.heads import Head
-from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main
+from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main, relabelled
 from interp.measures import MEASURES, NothingToTell, OfMeans, _reached, best_rate, depth
-from interp.render.claim import figure
+from interp.render.claim import _last_lines, figure
 from interp.results import SweepResults
 from interp.stats.splits import assign_split
 from interp.sweep import main as sweep
@@ -36,6 +36,7 @@ from superclip.model.weights import load_checkpoint
 
 SHIPPED = sorted((ROOT / "research" / "hypotheses").glob("*.toml"))
 LATE = ROOT / "research" / "hypotheses" / "late_crystallisation.toml"
+HOW = ("", "_patches", "_same_rate")
 PLAIN = """schema = 1
 claim = "c"
 why = "w"
@@ -53,11 +54,10 @@ def written(tmp_path, text=PLAIN, name="claim.toml"):
 
 def test_shipped_claims_can_be_read():
     claims = {path.stem: read_hypothesis(path) for path in SHIPPED}
-    assert len(claims) == 7 and {c.wanted.measure for c in claims.values()} == {*MEASURES}
+    assert len(claims) == 11 and {c.wanted.measure for c in claims.values()} == {*MEASURES}
     two = {name for name, claim in claims.items() if len(claim.losses) == 2}
     assert two == {
-        "earlier_in_depth",
-        "earlier_in_training",
+        *(f"earlier_in_{what}{how}" for what in ("depth", "training") for how in HOW),
         "binding",
         "learning_rate_sensitivity",
     }
@@ -112,6 +112,10 @@ def test_where_the_interval_lies_decides(test, margin, band, told, tmp_path):
         ("margin", 'first = "clp"\nmargin', "first 'clp' is none of"),
         ("margin", 'second = "clip"\nfirst = 3\nmargin', "first must be given, as str"),
         ("margin", "= 3\nmargin", "is no hypothesis file"),
+        ('"excess"', '"sensitivity"', "rates must be three numbers at least"),
+        ('"excess"', '"sensitivity"\nrates = [1e-4, 1e-4, 2e-4]', "rates must be three"),
+        ('"excess"', '"sensitivity"\nrates = [1e-4, -1.0, 2e-4]', "rates must be three"),
+        ("margin", "same_rate = true\nmargin", "'same_rate' is nothing that excess reads"),
     ],
 )
 def test_files_that_state_no_claim(old, new, told, tmp_path):
@@ -341,7 +345,7 @@ def test_a_claim_is_decided_once(swept_run, tmp_path, capsys):
             decided(capsys, *evading, *words[1:])
     told = decided(capsys, *words, "--exploratory")
     assert "SUPPORTED" in told and "a true value of 0 would be supported" in told
-    assert f"these pictures answered before: refuted, {before[:12]}" in told
+    assert f"confirm pictures answered this before: refuted, {before[:12]}" in told
     assert out.read_bytes() == held and (run / "hypothesis-claim-exploratory.json").is_file()
     claim.write_text(text.replace("0.05", "0.9"))
     assert "REFUTED" in decided(capsys, *words)
@@ -352,9 +356,77 @@ def test_a_claim_is_decided_once(swept_run, tmp_path, capsys):
         out.write_text(damage)
         with pytest.raises(UserError, match="is no result of this version"):
             decided(capsys, *words)
+    (run / "confirm.jsonl").write_text('{"question": {}, "decision": "refuted"}')
+    with pytest.raises(UserError, match="written by another version"):
+        decided(capsys, renamed, *words[1:])
     (run / "confirm.jsonl").write_text("{")
     with pytest.raises(UserError, match="tells what was looked at before, so mend it"):
         decided(capsys, renamed, *words[1:])
+
+
+def test_a_question_is_known_by_what_it_comes_to(swept_run, tmp_path, capsys):
+    """Other words for the same head, another file of the same weights, a ledger that was not
+    written, a result that was edited."""
+    run = tmp_path / "run"
+    shutil.copytree(swept_run.parent, run)
+    text = PLAIN.replace("margin", "pictures = 100\nmargin")
+    claim, ckpt = written(tmp_path, text), run / "final_epoch.pt"
+    words = "--ckpt", ckpt, "--draws", 199
+    told = decided(capsys, claim, *words)
+    layer, depth = int(told.split("(L")[1][0]), confirm_of(ckpt).swept.tower.cfg.n_layers
+    half = "first half" if layer < depth // 2 else "second half"
+    reworded = text.replace("pictures", f'heads = "{half}"\npictures').replace("0.05", "0.9")
+    other = written(tmp_path, reworded, "other.toml")
+    moved = written(tmp_path, text.replace("0.05", "0.9"), "moved.toml")
+    for again in ((other, *words), (moved, "--ckpt", run / "epoch_1.pt", *words[2:])):
+        with pytest.raises(UserError, match="whatever is asked again is exploratory"):
+            decided(capsys, *again)
+    ledger = (run / "confirm.jsonl").read_text()
+    (run / "confirm.jsonl").unlink()
+    assert decided(capsys, claim, *words) == told
+    assert (run / "confirm.jsonl").read_text() == ledger
+    result = run / "hypothesis-claim.json"
+    result.write_text(result.read_text().replace('"margin": 0.05', '"margin": 0.01'))
+    with pytest.raises(UserError, match="was changed since it was written"):
+        decided(capsys, claim, *words)
+
+
+def test_other_code_than_that_which_decided_is_told():
+    report = {"asked": {"file_sha256": "f" * 64}, "exploratory": False, "before": [], "code": "a"}
+    report |= {"commit": "c" * 40, "claim_number": 1}
+    assert not any("other code" in line for line in _last_lines(report, "a"))
+    assert f"decided by other code than this, of commit {'c' * 12}" in _last_lines(report, "b")
+
+
+@pytest.mark.parametrize(
+    "first,second,paired,p",
+    [
+        ([1.0, 2, 3, 4, 5, 6], None, False, 2 / 64),
+        ([1.0, 2, 3, 4, 5, -0.5], None, False, 4 / 64),
+        ([1.0, 2, 3, 4, 5, 6], [0.0] * 6, True, 2 / 64),
+        ([1.0, 2, 3], [-1.0, -2, -3], False, 2 / 20),
+        ([1.0, -1], None, False, 1.0),
+    ],
+)
+def test_seeds_relabelled_by_hand(first, second, paired, p):
+    values = [first] if second is None else [first, second]
+    assert relabelled(values, 0.0, paired) == pytest.approx(p)
+    moved = [[v + 7 for v in first], *values[1:]]
+    assert relabelled(moved, 7.0, paired) == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    "test,value,edges",
+    [
+        ("above", 9.0, (0.5,)),
+        ("within", 0.1, (-0.5, 0.5)),
+        ("within", 0.7, (0.5,)),
+        ("within", -0.7, (-0.5,)),
+    ],
+)
+def test_edges_are_what_a_value_must_be_told_from(test, value, edges, tmp_path):
+    text = PLAIN.replace('"above"', f'"{test}"').replace("0.05", "0.5")
+    assert read_hypothesis(written(tmp_path, text)).edges(value) == edges
 
 
 def test_two_sides_with_few_seeds_decide_nothing(swept_run, tmp_path, capsys):
@@ -396,7 +468,10 @@ def test_sides_that_differ_in_more_than_the_loss_are_refused(swept_run, tmp_path
         _refuse_unlike(found, other, claim)
     _refuse_unlike(found, other, replace(claim, differs=("train_num_samples",)))
     optim = replace(found.config.optim, lr=3e-3)
-    _refuse_unlike(found, replace(found, config=replace(found.config, optim=optim)), claim)
+    faster = replace(found, config=replace(found.config, optim=optim))
+    _refuse_unlike(found, faster, claim)
+    with pytest.raises(UserError, match=r"differ in lr: .* of losses alone at one rate"):
+        _refuse_unlike(found, faster, replace(claim, same_rate=True))
 
 
 def test_onset_interpolates_between_the_checkpoints_of_a_run(swept_run, tmp_path):
@@ -413,22 +488,24 @@ def test_onset_interpolates_between_the_checkpoints_of_a_run(swept_run, tmp_path
     assert found.statistic.value == 2.0  # half of the way to a curve that is flat from step 4 on
 
 
-def test_sensitivity_is_the_best_rate_less_its_neighbours(swept_run, monkeypatch):
-    models = [confirm_of(swept_run, pictures=100) for _ in range(3)]
+def test_sensitivity_is_the_best_rate_less_the_mean_of_all(swept_run, monkeypatch):
+    rate = load_checkpoint(swept_run).config.lr  # pyright: ignore[reportOptionalMemberAccess]
+    models = [confirm_of(swept_run, pictures=100, rates=(rate,) * 3) for _ in range(3)]
     found = MEASURES["sensitivity"].of(models)
-    assert found.statistic.value == 0 and found.told.startswith("best, half, twice: ")
+    assert found.statistic.value == 0 and found.told == f"best of 3: {rate:g}"
+    with pytest.raises(UserError, match=f"is of the learning rates {rate:g} {rate:g} {rate:g}; "):
+        MEASURES["sensitivity"].of(models[:2])
     hits = iter(np.array([[1.0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]))
     monkeypatch.setattr(measures_module, "_hits", lambda *_: next(hits))
-    assert MEASURES["sensitivity"].of(models).statistic.value == pytest.approx(0.75 - 0.25)
+    assert MEASURES["sensitivity"].of(models).statistic.value == pytest.approx(0.75 - 1.25 / 3)
 
 
-def test_the_best_rate_is_that_of_discovery_over_seeds(monkeypatch):
-    scores = {1e-4: (0.1, 0.2), 2e-4: (0.5, 0.1), 4e-4: (0.25, 0.4), 8e-4: (0.0, 0.0)}
-    monkeypatch.setattr(measures_module, "_discovery", lambda value: value)
-    assert best_rate(scores) == (4e-4, 2e-4, 8e-4)  # pyright: ignore[reportArgumentType]
+def test_the_best_rate_is_that_of_discovery_over_seeds():
+    scores = {8e-4: (0.0, 0.0), 1e-4: (0.1, 0.2), 2e-4: (0.5, 0.1), 4e-4: (0.25, 0.4)}
+    assert best_rate(scores) == 4e-4
     scores.pop(8e-4)
-    with pytest.raises(UserError, match=r"best learning rate is 0.0004 .*half and twice"):
-        best_rate(scores)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(NothingToTell, match=r"ends the range .*0.0002: 30.0, 0.0004: 32.5"):
+        best_rate(scores)
 
 
 def test_bad_words():
