@@ -5,18 +5,93 @@ from __future__ import annotations
 import hashlib
 import math
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from interp.confirm import FEWEST, LAYERS, Wanted
-from interp.measures import MEASURES
 from superclip.errors import UserError, nearest
 from superclip.loss_options import LOSS_OPTIONS
 
 SCHEMA = 1
+FEWEST = 40
+"""Confirm pictures that a decision needs at least."""
+KEYS = (
+    *("schema", "claim", "why", "measure", "test", "margin"),
+    *("pictures", "first", "second", "differs", "same_rate"),
+)
+"""Of a file; the first six must be given."""
 Test = Literal["above", "below", "within"]
 Decision = Literal["supported", "refuted", "not decided"]
+
+
+LAYERS = ("all", "first half", "second half", "last", "all but the last")
+"""Where a hypothesis may look for its head."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a hypothesis measures.
+
+    Attributes:
+        measure: name in `MEASURES`.
+        heads: layers whose best head of discovery is measured. minus: layers (or "untrained") whose
+            best head is taken off.
+        attention: of the class token, or of the patches.
+        pictures: of confirm; None: 1 000 scenes, or all of other data.
+        kinds: of compositional questions.
+        share: of its last value, at which a curve counts as there.
+        rates: learning rates over which sensitivity is asked.
+    """
+
+    measure: str
+    heads: str = "all"
+    minus: str | None = None
+    attention: str = "class"
+    pictures: int | None = None
+    kinds: tuple[str, ...] = ()
+    share: float = 0.5
+    rates: tuple[float, ...] = ()
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What makes two claims ask the same of a model, whatever they expect and of how many
+        pictures."""
+        held = {k: v for k, v in asdict(self).items() if k != "pictures"}
+        return held | {"kinds": sorted(self.kinds), "rates": sorted(self.rates)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measure that a hypothesis may name.
+
+    Attributes:
+        unit: of its values. level: what a model that has learned nothing scores, which the value of
+            one side is counted from. chance: that of the value, in words.
+        options: of `Wanted`, that it reads beside `pictures`.
+        rates: whether a seed has several checkpoints, at different learning rates.
+    """
+
+    unit: str
+    chance: str
+    options: tuple[str, ...] = ()
+    rates: bool = False
+    level: float = 0.0
+
+    def chance_of(self, wanted: Wanted) -> str:
+        """`chance`, or that it is another where unlike numbers of heads are chosen from."""
+        alike = wanted.minus is None or wanted.minus == "untrained"
+        return self.chance if alike else "0 of equally many heads; below 0 of fewer"
+
+
+MEASURES: Mapping[str, Measured] = {
+    "excess": Measured("excess", "0", ("heads", "minus", "attention")),
+    "depth": Measured("of the depth", "none", ("attention",)),
+    "onset": Measured("steps", "none", ("attention", "share")),
+    "causal": Measured("margin", "0, of a head like its layer's", ("heads", "attention")),
+    "binding": Measured("share right", "0, from .5", ("kinds",), level=0.5),
+    "sensitivity": Measured("R@1", "0", ("rates",), rates=True),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +172,12 @@ def read_hypothesis(path: Path) -> Hypothesis:
             raise UserError(f"{path}: {key} must be given, as {kind.__name__}; it is {told}")
         return value
 
-    if type(schema := held.pop("schema", None)) is not int or schema != SCHEMA:
+    known = (*KEYS, *{option for one in MEASURES.values() for option in one.options})
+    if unknown := next((key for key in held if key not in known), None):
+        raise UserError(f"{path}: {unknown!r} is no key; {nearest(unknown, known)}")
+    if missing := [key for key in KEYS[:6] if key not in held]:
+        raise UserError(f"{path}: {' and '.join(missing)} must be given")
+    if type(schema := held.pop("schema")) is not int or schema != SCHEMA:
         raise UserError(f"{path} is of schema {schema}; this version reads schema {SCHEMA}")
     claim, test, why = take("claim", str), take("test", str), take("why", str)
     margin, measure = take("margin", float), take("measure", str)
@@ -115,11 +195,8 @@ def read_hypothesis(path: Path) -> Hypothesis:
         if key in held:
             options[key] = take(key, kinds_of.get(key, str))
     if held:
-        known = ("pictures", *MEASURES[measure].options)
-        raise UserError(
-            f"{path}: {next(iter(held))!r} is nothing that {measure} reads (it reads "
-            f"{', '.join(known)})"
-        )
+        reads = ", ".join(("pictures", *MEASURES[measure].options))
+        raise UserError(f"{path}: {next(iter(held))!r} is nothing that {measure} reads ({reads})")
     kinds = options.get("kinds", ["any"])
     if not kinds or not all(type(k) is str for k in kinds) or len({*kinds}) < len(kinds):
         raise UserError(f"{path}: kinds must name some, each once; it is {kinds!r}"[:200])

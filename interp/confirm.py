@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from interp.claim import FEWEST, Wanted
 from interp.collect import (
     Subject,
     attention_maps,
@@ -42,45 +43,9 @@ if TYPE_CHECKING:
     from superclip.evaluation.encode import Encoder
     from superclip.model.weights import Checkpoint
 
-FEWEST = 40
-"""Confirm pictures that a decision needs at least."""
 SCENES_READ = 1000
 UNTRAINED = 5
 """Untrained towers that a contrast needs at least."""
-LAYERS = ("all", "first half", "second half", "last", "all but the last")
-"""Where a hypothesis may look for its head."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a hypothesis measures.
-
-    Attributes:
-        measure: name in `MEASURES`.
-        heads: layers whose best head of discovery is measured. minus: layers (or "untrained") whose
-            best head is taken off.
-        attention: of the class token, or of the patches.
-        pictures: of confirm; None: 1 000 scenes, or all of other data.
-        kinds: of compositional questions.
-        share: of its last value, at which a curve counts as there.
-        rates: learning rates over which sensitivity is asked.
-    """
-
-    measure: str
-    heads: str = "all"
-    minus: str | None = None
-    attention: str = "class"
-    pictures: int | None = None
-    kinds: tuple[str, ...] = ()
-    share: float = 0.5
-    rates: tuple[float, ...] = ()
-
-    @property
-    def question(self) -> dict[str, Any]:
-        """What makes two claims ask the same of a model, whatever they expect and of how many
-        pictures."""
-        held = {k: v for k, v in asdict(self).items() if k != "pictures"}
-        return held | {"kinds": sorted(self.kinds), "rates": sorted(self.rates)}
 
 
 @dataclass(frozen=True)

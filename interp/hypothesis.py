@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from interp.claim import FEWEST, MEASURES, Decision, Hypothesis, read_hypothesis
 from interp.config import HypothesisConfig
 from interp.ledger import LEDGER, Look, looks, record, result_sha256
 from superclip.errors import UserError, check_writable, replace_text, run_command
@@ -18,7 +19,6 @@ from superclip.errors import UserError, check_writable, replace_text, run_comman
 if TYPE_CHECKING:
     import numpy as np
 
-    from interp.claim import Decision, Hypothesis
     from interp.confirm import Confirm
     from interp.measures import Answer
     from superclip.evaluation.measures import Measure
@@ -37,7 +37,21 @@ sweep ever scores: supported, refuted or not decided, with interval and power.
 
 The file's hash goes into the result. A file that was changed after its result is refused, unless
 --exploratory says that the claim was made after a look at the answer. Checkpoints are swept before
-(interp.sweep); where seeds are compared, six a side are the least that decide."""
+(interp.sweep); where seeds are compared, six a side are the least that decide. What is remembered
+stands in confirm.jsonl beside each checkpoint; copies of a folder, and lines deleted, are not seen.
+
+A file has schema = 1, claim, why, measure, test = "above" | "below" | "within", margin, and:
+  pictures           of confirm (default: 1000 scenes, or all of other data)
+  first, second      losses of --ckpt and --against, where two sides compare; then also
+                     differs = [options that may differ], same_rate = true
+  attention          "class" (default) or "patches", for excess, depth, onset and causal
+Measures:
+  excess             of the best head of discovery: heads = "all" | "first half" | "second half" |
+                     "last" | "all but the last"; minus = one of those, or "untrained"
+  depth, onset       where in the layers the grounding lies; by which step it is there (share = 0.5)
+  causal             loss without that head, less the mean of its layer's other heads (heads = ...)
+  binding            of compositional questions about scenes (kinds = [...])
+  sensitivity        R@1 at the best of rates = [...] less the mean over them"""
 
 
 def main(argv: list[str]) -> None:
@@ -45,10 +59,11 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(HypothesisConfig, argv, "python -m interp.hypothesis", DESCRIPTION)
+    assert config.file is not None
+    report, path = decide_one(config, read_hypothesis(config.file))
     from interp.render.canvas import png
     from interp.render.claim import figure, said
 
-    report, path = decide_one(config)
     print("\n".join(said(report, code_sha256())))
     print(f"\nresult: {path}")
     if (drawn := figure(report)) is not None:
@@ -57,18 +72,16 @@ def main(argv: list[str]) -> None:
         print(f"figure: {picture}")
 
 
-def decide_one(config: HypothesisConfig) -> tuple[dict[str, Any], Path]:
+def decide_one(config: HypothesisConfig, hypothesis: Hypothesis) -> tuple[dict[str, Any], Path]:
     """The result of a claim on these checkpoints: the one that stands, or a new one.
 
     Raises:
         UserError: if the file changed since its result, sides are missing, no recipe, or of other
             pictures.
     """
-    from interp.claim import read_hypothesis
     from superclip.training.folder import commit
 
     assert config.file is not None
-    hypothesis = read_hypothesis(config.file)
     two = len(hypothesis.losses) == 2
     if (config.against is None) == two:
         needs = "compares two sides: give --against" if two else "is of one side: leave --against"
@@ -168,8 +181,6 @@ def _beside(checkpoint: Checkpoint, hypothesis: Hypothesis) -> list[str]:
 
 
 def _options(hypothesis: Hypothesis) -> tuple[str, ...]:
-    from interp.measures import MEASURES
-
     return MEASURES[hypothesis.wanted.measure].options
 
 
@@ -223,7 +234,6 @@ def _open_side(
     Raises:
         UserError: if they are not seeds of one recipe.
     """
-    from interp.measures import MEASURES
     from superclip.evaluation.tasks import seeds_of_one_recipe
     from superclip.model.weights import load_checkpoint
 
@@ -259,7 +269,7 @@ def decide(
     """Measure every model on its confirm pictures, and decide."""
     import numpy as np
 
-    from interp.measures import MEASURES, NothingToTell
+    from interp.measures import NothingToTell
     from superclip.evaluation.measures import Measure
     from superclip.evaluation.tasks import share_initial_weights
 
@@ -371,13 +381,13 @@ def _measured(
     seed: Sequence[Checkpoint], hypothesis: Hypothesis, config: HypothesisConfig
 ) -> tuple[Answer, dict[str, Any]]:
     """What one seed's model(s) answer, and which pictures they saw."""
-    from interp.confirm import FEWEST, grounding_sha256, open_confirm, pictures_sha256
-    from interp.measures import MEASURES
+    from interp.confirm import grounding_sha256, open_confirm, pictures_sha256
+    from interp.measures import ANSWERS
     from superclip.model.weights import load_checkpoint
 
     wanted = hypothesis.wanted
     models: list[Confirm] = [open_confirm(load_checkpoint(c.path), wanted, config) for c in seed]
-    answer = MEASURES[wanted.measure].of(models)
+    answer = ANSWERS[wanted.measure](models)
     statistic = answer.statistic
     if statistic.pictures < FEWEST:
         raise UserError(
@@ -404,7 +414,6 @@ def compared(
     """
     import numpy as np
 
-    from interp.measures import MEASURES
     from superclip.evaluation.measures import Mean
     from superclip.evaluation.statistics import compare
 

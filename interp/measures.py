@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from interp.confirm import Confirm, Wanted
+from interp.confirm import Confirm
 from interp.stats.intervals import first_held
 from interp.stats.splits import assign_split
 from interp.subject import open_pictures
@@ -253,36 +253,13 @@ def _mean(values: np.ndarray) -> Mean:
     return Mean(values, np.arange(len(values)), len(values))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A measure that a hypothesis may name.
-
-    Attributes:
-        of: the checkpoints of one seed -> its answer.
-        unit: of its values. level: what a model that has learned nothing scores, which the value of
-            one side is counted from. chance: that of the value, in words.
-        options: of `Wanted`, that it reads beside `pictures`.
-        rates: whether a seed has several checkpoints, at different learning rates.
-    """
-
-    of: Callable[[Sequence[Confirm]], Answer]
-    unit: str
-    chance: str
-    options: tuple[str, ...] = ()
-    rates: bool = False
-    level: float = 0.0
-
-    def chance_of(self, wanted: Wanted) -> str:
-        """`chance`, or that it is another where unlike numbers of heads are chosen from."""
-        alike = wanted.minus is None or wanted.minus == "untrained"
-        return self.chance if alike else "0 of equally many heads; below 0 of fewer"
-
-
-MEASURES: Mapping[str, Measured] = {
-    "excess": Measured(excess, "excess", "0", ("heads", "minus", "attention")),
-    "depth": Measured(depth, "of the depth", "none", ("attention",)),
-    "onset": Measured(onset, "steps", "none", ("attention", "share")),
-    "causal": Measured(causal, "margin", "0, of a head like its layer's", ("heads", "attention")),
-    "binding": Measured(binding, "share right", "0, from .5", ("kinds",), level=0.5),
-    "sensitivity": Measured(sensitivity, "R@1", "0", ("rates",), rates=True),
+ANSWERS: Mapping[str, Callable[[Sequence[Confirm]], Answer]] = {
+    "excess": excess,
+    "depth": depth,
+    "onset": onset,
+    "causal": causal,
+    "binding": binding,
+    "sensitivity": sensitivity,
 }
+"""Of every measure that a file may name (`claim.MEASURES`): the checkpoints of one seed -> its
+answer."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
-from superclip.config import ModelConfig, TrainConfig
+from superclip.config import ModelConfig
 from superclip.errors import UserError, nearest, run_command
-from superclip.flags import parse, parse_train, second_stage
+from superclip.flags import all_stages, parse
 
 DESCRIPTION = """What a run costs: tokens, operations and GPU hours.
 
@@ -34,8 +33,9 @@ PUBLISHED = [
 class CostConfig:
     """What `superclip.cost` counts."""
 
-    model: str = "ViT-B-16"
-    """An open_clip model name, one of superclip/model_configs, or a JSON file."""
+    model: str | None = None
+    """An open_clip model name, one of superclip/model_configs, or a JSON file. Default:
+    ViT-B-16."""
     recipe: str | None = None
     """A recipe in its place, with all its stages and samples."""
     image_reduction: str | None = None
@@ -61,8 +61,8 @@ class CostConfig:
             raise UserError(f"--utilization {self.utilization} must lie in (0, 1]")
         if self.samples is not None and not 1 <= self.samples < math.inf:
             raise UserError(f"--samples {self.samples} must be at least 1")
-        own = self.image_reduction or self.context_length or self.grad_checkpointing
-        if self.recipe is not None and (own or self.model != CostConfig.model):
+        own = self.model or self.image_reduction or self.context_length or self.grad_checkpointing
+        if self.recipe is not None and own:
             raise UserError("--recipe brings its own model, pictures and texts; leave those out")
 
 
@@ -110,23 +110,22 @@ def stages(config: CostConfig) -> list[Stage]:
         UserError: for towers that can't be counted, or a recipe that does not say its samples.
     """
     if config.recipe is None:
+        name = config.model or "ViT-B-16"
         model = ModelConfig(
-            config.model,
+            name,
             image_reduction=config.image_reduction,
             context_length=config.context_length,
             grad_checkpointing=config.grad_checkpointing,
         )
-        return [counted(config.model, model, config.samples or 1e9)]
+        return [counted(name, model, config.samples or 1e9)]
     found: list[Stage] = []
-    run: TrainConfig[Any] | None = parse_train(["--recipe", config.recipe])
-    while run is not None:
+    for run in all_stages(["--recipe", config.recipe]):
         seen = run.data.train_num_samples
         if seen is None and config.samples is None and config.recipe not in SIZES:
             raise UserError(f"--recipe {config.recipe} trains on all of its data; give --samples N")
         passes = (seen or SIZES.get(config.recipe, 0)) * run.epochs
         samples = config.samples if config.samples is not None and not found else passes
         found.append(counted(f"stage {len(found) + 1}", run.model, samples))
-        run = second_stage(run)
     return found
 
 
@@ -205,9 +204,10 @@ def lines(config: CostConfig, found: list[Stage]) -> list[str]:
         f"{_hours(hours)} GPU hours, {hours / config.gpus / 24:,.2g} days on {config.gpus} x "
         f"{config.gpu} ({peak:g} TFLOP/s dense 16-bit) at {config.utilization:.0%} "
         "of the peak; reading pictures, evaluation and the loss come on top",
-        "",
-        "published (CLIPA-v2, Li et al. 2023):",
     ]
+    if not (config.recipe or "").startswith("clipa-"):
+        return told
+    told += ["", "published (CLIPA-v2, Li et al. 2023):"]
     rows = [["run", "A100 hours", "dollars", "ImageNet top-1"]]
     rows += [[name, f"{h:,}", f"{d:,}", top] for name, h, d, top in PUBLISHED]
     told += aligned(rows, "<>>>")

@@ -22,7 +22,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     "did you mean 'clip'? (known: clip, superclip)"
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
+    close = [known for known in names if known.casefold() == name.casefold()]
+    close += get_close_matches(name, names, n=1)
     listed = ", ".join(names) if len(names) <= 12 else ", ".join(names[:12]) + ", ..."
     return (f"did you mean {close[0]!r}? " if close else "") + f"(known: {listed})"
 
@@ -91,6 +92,15 @@ class _Steady:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def told_of(name: str) -> Iterator[None]:
+    """A `UserError` within says what it is of."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{name}: {error}" if name else str(error)) from None
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

@@ -204,6 +204,8 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
         raise SystemExit(0)
     if recipe is not None:
         values |= read_recipe(recipe)
+        if _peek(argv, "--train-data")[0] is not None:  # its held-out data goes with its own
+            values.pop("val_data", None)
     if config is not None:
         values |= read_config_file(Path(config))
     if loss is not None:
@@ -232,8 +234,23 @@ SHORT = (
 MOST_STAGES = 9
 
 
-def second_stage(config: TrainConfig[Any]) -> TrainConfig[Any] | None:
+def all_stages(argv: Sequence[str]) -> list[TrainConfig[Any]]:
+    """The run of a command, and those that `--stage-two` chains to it."""
+    stages = [parse_train(argv)]
+    recipe, argv = _peek(argv, "--recipe")
+    if _peek(argv, "--config")[0] is not None:
+        recipe = None
+    while (following := second_stage(stages[-1], recipe)) is not None:
+        recipe = stages[-1].stage_two
+        stages.append(following)
+    return stages
+
+
+def second_stage(config: TrainConfig[Any], recipe: str | None = None) -> TrainConfig[Any] | None:
     """The run that `--stage-two` names, if any: in OUT/stage2 (a third one in OUT/stage3).
+
+    Where that is a recipe, what it only repeats of the first stage's `recipe` is as in this run: so
+    flags that name other data or another model count for both.
 
     Raises:
         UserError: if its options are no options.
@@ -253,6 +270,11 @@ def second_stage(config: TrainConfig[Any]) -> TrainConfig[Any] | None:
     for key in ("init_from", "out"):
         if key in own:
             raise UserError(f"--stage-two {named}: {key} is where the first stage ends; leave it")
+    if named in recipes() and recipe in recipes():
+        before = read_recipe(recipe)
+        own = {k: v for k, v in own.items() if k in SHORT or before.get(k) != v}
+        if config.data.train_data != before.get("train_data"):
+            own.pop("val_data", None)
     held = to_dict(config)
     flat = {k: v for k, v in held.items() if not isinstance(v, dict)}
     for section in ("options", "model", "data", "optim"):

@@ -73,7 +73,12 @@ class Point:
 def main(argv: list[str]) -> None:
     """Parse, search rates, train, measure, write."""
     end = argv.index("--") if "--" in argv else len(argv)
-    config = parse(LawConfig, argv[:end], "python -m superclip.scaling_law", DESCRIPTION)
+    try:
+        config = parse(LawConfig, argv[:end], "python -m superclip.scaling_law", DESCRIPTION)
+    except UserError as error:
+        own = str(error).startswith("unknown option")
+        hint = "; options of superclip.train stand after --" if own else ""
+        raise UserError(f"{error}{hint}") from None
     check_writable(config.out / "law.json", "--out")
     shared, own = argv[end + 1 :], ("--model", "--image-reduction")
     points = family(config, shared)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from superclip.config import TrainConfig, is_scenes, to_dict
 from superclip.errors import UserError, replace_text
 from superclip.evaluation.config import EvalConfig, Task
-from superclip.flags import parse_train, second_stage
+from superclip.flags import all_stages, parse_train, second_stage
 from superclip.loss_options import at_least_one
 
 if TYPE_CHECKING:
@@ -204,10 +204,7 @@ class Study:
 
     def identity(self, run: tuple[Arm, int, float | None, Path]) -> str:
         """All options of a run and of its later stages, whatever files they come from."""
-        stages, following = [], self.parsed(*run)
-        while following is not None:
-            stages.append(to_dict(following))
-            following = second_stage(following)
+        stages = [to_dict(stage) for stage in all_stages(self.words(*run))]
         return json.dumps([self.launcher, stages], indent=1)
 
     def rate(self, arm: Arm) -> float | None:

@@ -6,29 +6,43 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from superclip.config import TrainConfig
-from superclip.errors import check_writable, run_command
-from superclip.flags import command_line, parse_train, second_stage
+from superclip.config import DataConfig, TrainConfig
+from superclip.errors import check_writable, run_command, told_of
+from superclip.flags import all_stages, command_line
 from superclip.training.preemption import StopRequest
 
 
 def main(argv: list[str]) -> None:
     """Parse, build, run."""
-    stages = [parse_train(argv)]
-    while (following := second_stage(stages[-1])) is not None:
-        stages.append(following)
+    stages = all_stages(argv)
     if len(stages) > 1 and stages[0].model.image_tower is None:
         from superclip.training.build import check_stage
 
-        for before, later in pairwise(stages):  # a mistake there shows now
-            check_stage(later, before)
+        for k, (before, later) in enumerate(pairwise(stages), 2):  # a mistake there shows now
+            with told_of(f"stage {k} ({before.stage_two})"):
+                check_stage(later, before)
     with StopRequest() as stop:  # from here on, a request costs no more than one step
-        for config in stages:
-            if not _train(config, stop):
-                break
+        for k, config in enumerate(stages, 1):
+            name = f"stage {k} of {len(stages)}" if len(stages) > 1 else ""
+            with told_of(name):
+                if not _train(config, stop, name):
+                    break
 
 
-def _train(config: TrainConfig[Any], stop: StopRequest) -> bool:
+def _reduced(config: TrainConfig[Any], stage: str) -> str:
+    """Which stage this is, what it begins with, and how pictures and texts are shortened."""
+    model, told = config.model, [stage] if stage else []
+    if model.init_from is not None:
+        told.append(f"begins with {model.init_from}")
+    if model.image_reduction is not None:
+        told.append(f"pictures: {model.image_reduction}")
+    if config.data.text_reduction != DataConfig.text_reduction or model.context_length is not None:
+        length = model.context_length or "all"
+        told.append(f"texts: {length} tokens ({config.data.text_reduction})")
+    return "; ".join(told)
+
+
+def _train(config: TrainConfig[Any], stop: StopRequest, stage: str = "") -> bool:
     """Whether the run came to its end, now or earlier."""
     import torch
 
@@ -63,6 +77,10 @@ def _train(config: TrainConfig[Any], stop: StopRequest) -> bool:
                 f"{world.device.type}",
                 flush=True,
             )
+            if shortened := _reduced(config, stage):
+                print(shortened, flush=True)
+            for evaluator in run.evaluators:
+                print(evaluator.described, flush=True)
             if isinstance(run.rows.source, Stream):
                 print(f"note: {Stream.promises}", flush=True)
         began = time.perf_counter(), time.process_time()

@@ -85,7 +85,8 @@ class Order:
         if global_batch > self.per_epoch:
             raise UserError(
                 f"a global batch of {global_batch} pairs is larger than the data ({self.per_epoch} "
-                "pictures a pass); lower --batch-size or --accum-freq, or use fewer processes"
+                "pictures a pass); lower --global-batch-size, where a recipe or a flag sets it, "
+                "else --batch-size or --accum-freq, or use fewer processes"
             )
         return self.per_epoch // global_batch
 

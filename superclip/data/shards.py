@@ -286,7 +286,7 @@ def expand(pattern: str) -> list[Path]:
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(
             f"{len(missing)} of {len(paths)} shards of {pattern!r} are missing "
-            f"(first: {missing[0]}); mend the pattern or pack them again"
+            f"(first: {missing[0]}); name data that you have, or pack them"
         )
     return paths
 

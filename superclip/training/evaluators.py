@@ -21,6 +21,11 @@ class Evaluator(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
+    @property
+    def described(self) -> str:
+        """What is measured on how much, in one line."""
+        ...
+
     def run(self, model: SuperCLIP) -> Iterator[tuple[str, float]]: ...
 
 
@@ -49,6 +54,16 @@ class Retrieval:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._short(name) for name in NAMES)
+
+    @property
+    def described(self) -> str:
+        n = self.source.num_images
+        pool = min(self.pool or n, n)
+        pools = f", in pools of {pool}" if pool < n else ""
+        return (
+            f"{self.name}_: retrieval on {self.source.name}, n = {n} pictures{pools}; chance of "
+            f"R@1 about {1 / max(pool, 1):.2g}"
+        )
 
     def run(self, model: SuperCLIP) -> Iterator[tuple[str, float]]:
         for measure in retrieve(model, self.encoder, self.source, pool=self.pool).measures:

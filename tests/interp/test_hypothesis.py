@@ -17,12 +17,12 @@ from PIL import Image
 from interp import measures as measures_module
 from interp.causal.ablation import ablate, contrastive_margin
 from interp.causal.units import mean_activations
-from interp.claim import read_hypothesis
+from interp.claim import MEASURES, Wanted, read_hypothesis
 from interp.config import HypothesisConfig, OfSweep
-from interp.confirm import Grounding, Wanted, layers_of, open_confirm
+from interp.confirm import Grounding, layers_of, open_confirm
 from interp.heads import Head
 from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main, relabelled
-from interp.measures import MEASURES, NothingToTell, OfMeans, _reached, best_rate, depth
+from interp.measures import ANSWERS, NothingToTell, OfMeans, _reached, best_rate, depth
 from interp.render.claim import _last_lines, figure
 from interp.results import SweepResults
 from interp.stats.splits import assign_split
@@ -89,9 +89,11 @@ def test_where_the_interval_lies_decides(test, margin, band, told, tmp_path):
     "old,new,told",
     [
         ("schema = 1", "schema = 2", "this version reads schema 1"),
-        ("schema = 1", "", "schema None"),
+        ("schema = 1", "", "schema must be given"),
+        ("margin", "margn", "'margn' is no key; did you mean 'margin'"),
+        ("margin", "share_ = 1\nmargin", "'share_' is no key; did you mean 'share'"),
         ('claim = "c"', 'claim = ""', "claim must be given"),
-        ('why = "w"', "", "why must be given, as str"),
+        ('why = "w"', "", "why must be given"),
         ('"excess"', '"exces"', "did you mean 'excess'"),
         ('"above"', '"over"', "test 'over' is none of above"),
         ("0.05", '"much"', "margin must be given, as float"),
@@ -115,7 +117,7 @@ def test_where_the_interval_lies_decides(test, margin, band, told, tmp_path):
         ('"excess"', '"sensitivity"', "rates must be three numbers at least"),
         ('"excess"', '"sensitivity"\nrates = [1e-4, 1e-4, 2e-4]', "rates must be three"),
         ('"excess"', '"sensitivity"\nrates = [1e-4, -1.0, 2e-4]', "rates must be three"),
-        ("margin", "same_rate = true\nmargin", "'same_rate' is nothing that excess reads"),
+        ("margin", "same_rate = true\nmargin", "'same_rate' is nothing that excess"),
     ],
 )
 def test_files_that_state_no_claim(old, new, told, tmp_path):
@@ -181,7 +183,7 @@ def test_onset_by_hand(curve, reached):
 
 
 def answer(measure, asked):
-    found = MEASURES[measure].of([asked])
+    found = ANSWERS[measure]([asked])
     return found.statistic, found.told
 
 
@@ -308,7 +310,7 @@ def test_binding_asks_confirm_pictures_the_kinds_named(swept_run):
     statistic, told = answer("binding", asked)
     assert 0 < statistic.value < 1 and 5 < int(told.split()[0]) < len(asked.rows)
     with pytest.raises(UserError, match="'colr' is none of colour swap"):
-        MEASURES["binding"].of([confirm_of(swept_run, kinds=("colr",))])
+        ANSWERS["binding"]([confirm_of(swept_run, kinds=("colr",))])
 
 
 def decided(capsys, *words):
@@ -456,7 +458,7 @@ def test_two_sides_with_few_seeds_decide_nothing(swept_run, tmp_path, capsys):
         decided(capsys, *words)
     # Two checkpoints of one seed are two rates only where rates are compared.
     with pytest.raises(UserError, match="have the same seed"):
-        decide_one(HypothesisConfig(LATE, (one, other), draws=99))
+        decide_one(HypothesisConfig(LATE, (one, other), draws=99), read_hypothesis(LATE))
 
 
 def test_sides_that_differ_in_more_than_the_loss_are_refused(swept_run, tmp_path):
@@ -478,10 +480,10 @@ def test_onset_interpolates_between_the_checkpoints_of_a_run(swept_run, tmp_path
     folder = tmp_path / "course"
     shutil.copytree(swept_run.parent, folder)
     with pytest.raises(UserError, match="a course needs two at least"):
-        MEASURES["onset"].of([confirm_of(folder / "final_epoch.pt", pictures=100)])
+        ANSWERS["onset"]([confirm_of(folder / "final_epoch.pt", pictures=100)])
     shutil.copy(folder / "epoch_1.pt", folder / "step_4.pt")
     asked = confirm_of(folder / "final_epoch.pt", pictures=100)
-    found = MEASURES["onset"].of([asked])
+    found = ANSWERS["onset"]([asked])
     mean = asked.grounding.values.mean()
     assert found.told == "checkpoints at 4 8" and mean > 0
     assert found.course == ("optimizer step", [4, 8], [pytest.approx(mean)] * 2)
@@ -491,13 +493,13 @@ def test_onset_interpolates_between_the_checkpoints_of_a_run(swept_run, tmp_path
 def test_sensitivity_is_the_best_rate_less_the_mean_of_all(swept_run, monkeypatch):
     rate = load_checkpoint(swept_run).config.lr  # pyright: ignore[reportOptionalMemberAccess]
     models = [confirm_of(swept_run, pictures=100, rates=(rate,) * 3) for _ in range(3)]
-    found = MEASURES["sensitivity"].of(models)
+    found = ANSWERS["sensitivity"](models)
     assert found.statistic.value == 0 and found.told == f"best of 3: {rate:g}"
     with pytest.raises(UserError, match=f"is of the learning rates {rate:g} {rate:g} {rate:g}; "):
-        MEASURES["sensitivity"].of(models[:2])
+        ANSWERS["sensitivity"](models[:2])
     hits = iter(np.array([[1.0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]))
     monkeypatch.setattr(measures_module, "_hits", lambda *_: next(hits))
-    assert MEASURES["sensitivity"].of(models).statistic.value == pytest.approx(0.75 - 1.25 / 3)
+    assert ANSWERS["sensitivity"](models).statistic.value == pytest.approx(0.75 - 1.25 / 3)
 
 
 def test_the_best_rate_is_that_of_discovery_over_seeds():

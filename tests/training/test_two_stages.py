@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 
 from superclip.config import TrainConfig
 from superclip.errors import UserError
-from superclip.flags import parse_train, recipes, second_stage
+from superclip.flags import all_stages, parse_train, read_recipe, recipes, second_stage
 from superclip.model.factory import build_clip, model_config, reduced
 from superclip.model.weights import begin_with, read_tensors
 from superclip.train import main
@@ -257,3 +257,31 @@ def test_recipes_are_the_published_stages(name):
     assert config is None
     chained = [n for n in recipes() if n.startswith(name)]
     assert len(chained) == len(PUBLISHED[name])
+
+
+def test_what_a_recipe_of_the_second_stage_only_repeats_is_the_firsts():
+    words = [
+        "--recipe",
+        "clipa-l16-i37t8",
+        "--train-data",
+        "scenes",
+        "--model",
+        "scenes-vit",
+        "--wd",
+        "0.3",
+    ]
+    first, second = all_stages(words)
+    for one in (first, second):
+        assert (one.data.train_data, one.model.model, one.optim.wd) == ("scenes", "scenes-vit", 0.3)
+        assert one.data.val_data is None  # that of the recipe's own data
+    own = read_recipe("clipa-l16-i37t8-224")
+    assert second.lr == own["lr"] != first.lr
+    assert second.model.context_length == own.get("context_length")
+    kept = all_stages(["--recipe", "clipa-l16-i37t8", "--val-data", "coco:mine"])
+    assert [one.data.val_data for one in kept] == ["coco:mine"] * 2
+
+
+def test_a_mistake_says_of_which_stage_it_is(tmp_path):
+    (tmp_path / "two.toml").write_text('train_data = "/nope.tar"')
+    with pytest.raises(UserError, match=r"stage 2 \(.*two.toml\): .*/nope.tar"):
+        main(["--out", str(tmp_path / "run"), "--stage-two", str(tmp_path / "two.toml")])
