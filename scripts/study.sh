@@ -32,6 +32,11 @@ study="seeds $seeds; options ${OPTIONS:-none}"
 if [ "$(cat "$out/study.txt")" != "$study" ]; then
     echo "error: $out is a study of other SEEDS or OPTIONS ($(cat "$out/study.txt")); name another folder" >&2 && exit 2
 fi
+now=$(git rev-parse HEAD 2>/dev/null || echo unknown) # every commit that worked here, in order
+if [ "$(tail -n 1 "$out/commits.txt" 2>/dev/null)" != "$now" ]; then
+    [ ! -e "$out/commits.txt" ] || echo "note: $out was begun by other code; $out/commits.txt tells which"
+    echo "$now" >>"$out/commits.txt"
+fi
 read -ra options <<<"${OPTIONS:-}"
 queue=() # commands that run side by side
 
@@ -145,13 +150,13 @@ rates() {
     run_queue
     cat "$out/claims/learning_rate_sensitivity.txt"
 }
-longer() { # is token supervision worth more than training on?
+longer() { # is token supervision worth more than training on? (at the rate of the shorter runs)
     arm clip-2x --recipe scenes-clip --train-num-samples 230400
     arm clip-4x --recipe scenes-clip --train-num-samples 460800
     run_queue
     for times in 2x 4x; do table "longer-$times" superclip "clip-$times" --tasks retrieval zeroshot; done
 }
-forms() { # the small study's token loss, and the weight of the term
+forms() { # the small study's token loss, and the weight of the term (at SuperCLIP's rate)
     arm superclip-bce --recipe scenes-superclip --token-loss bce --head-input pooled
     for weight in 0.25 4; do arm "superclip-weight-$weight" --recipe scenes-superclip --token-weight "$weight"; done
     run_queue
