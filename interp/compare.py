@@ -19,8 +19,8 @@ MEASURES = {
     "direct": "change of margin under direct mean ablation",
     "removal": "change of margin under mean ablation",
 }
-SEEDS = """heads of different seeds do not match: no table head by head
-descriptive: too few seeds for any seed-level test to reach p = .05 (6 pairs, or 4 a side of unlike
+SEEDS = "heads of different seeds do not match: no table head by head"
+FEW = """descriptive: too few seeds for any seed-level test to reach p = .05 (6 pairs, or 4 a side of unlike
 seeds); relabelling seeds allows less than t, which takes them for normal"""
 Rows = Sequence[dict[str, Any]]
 
@@ -97,7 +97,8 @@ def render(report: dict[str, Any]) -> str:
         "",
     ]
     if "heads" not in report:
-        return "\n".join([*lines, SEEDS])
+        few = any(row["verdict"] == "descriptive" for row in report["differences"])
+        return "\n".join([*lines, SEEDS, *([FEW] if few else [])])
     lines += [matching_said(report), "", *_heads(report["heads"]), "", *said(report["heads"])]
     if side := report["no_removal"]:
         lines.append(
