@@ -205,7 +205,8 @@ def lines(config: CostConfig, found: list[Stage]) -> list[str]:
         f"{config.gpu} ({peak:g} TFLOP/s dense 16-bit) at {config.utilization:.0%} "
         "of the peak; reading pictures, evaluation and the loss come on top",
     ]
-    if not (config.recipe or "").startswith("clipa-"):
+    shortened = config.image_reduction or config.context_length
+    if not (shortened or (config.recipe or "").startswith("clipa-")):
         return told
     told += ["", "published (CLIPA-v2, Li et al. 2023):"]
     rows = [["run", "A100 hours", "dollars", "ImageNet top-1"]]

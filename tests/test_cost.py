@@ -69,6 +69,7 @@ def test_the_command_prints_hours_beside_the_published_ones():
     )
     assert f"{stage.hours(312 * 0.4):,.0f} GPU hours" in done.stdout
     assert "37 of 257" in done.stdout and "8,640" in done.stdout and "83.0" in done.stdout
+    assert "published" not in command("superclip.cost", "--model", "ViT-B-32").stdout
 
 
 def test_hours_scale_as_they_must():
