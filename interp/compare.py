@@ -20,8 +20,8 @@ MEASURES = {
     "removal": "change of margin under mean ablation",
 }
 SEEDS = "heads of different seeds do not match: no table head by head"
-FEW = """descriptive: too few seeds for any seed-level test to reach p = .05 (6 pairs, or 4 a side of
-unlike seeds); relabelling seeds allows less than t, which takes them for normal"""
+FEW = """descriptive: too few seeds for any seed-level test to reach p = .05 (6 pairs, or 4 a
+side of unlike seeds); relabelling seeds allows less than t, which takes them for normal"""
 Rows = Sequence[dict[str, Any]]
 
 DESCRIPTION = """Two swept checkpoints on the same validation pictures: python -m interp.compare
