@@ -119,7 +119,9 @@ class SweepResults:
         """
         for name in ("results.json", "results.npz"):
             if not (folder / name).is_file():
-                raise UserError(f"{folder} holds no {name}; run python -m interp.sweep first")
+                raise UserError(
+                    f"{folder} holds no {name}; run python -m interp.sweep first (--ckpt FILE)"
+                )
         try:
             manifest = json.loads((folder / "results.json").read_text())
             if not isinstance(manifest, dict):

@@ -167,7 +167,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
+        raise UserError(f"{path}: {error.strerror or error}") from None
     try:
         if path.suffix == ".json":
             import json
@@ -176,7 +176,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
             return dict(values.get("config", values))
         return tomllib.loads(text)
     except ValueError as error:
-        raise UserError(f"--config {path} is neither TOML nor a run.json: {error}") from None
+        raise UserError(f"{path} is neither TOML nor a run.json: {error}") from None
 
 
 def _peek(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
