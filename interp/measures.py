@@ -15,7 +15,7 @@ from interp.stats.splits import assign_split
 from interp.subject import open_pictures
 from superclip.data.batch import Source
 from superclip.errors import UserError
-from superclip.evaluation.measures import Mean, Statistic, Values, Weights
+from superclip.evaluation.measures import Mean, PerPicture, Statistic, Values, Weights
 
 
 class NothingToTell(Exception):
@@ -38,7 +38,7 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
-class OfMeans(Statistic):
+class OfMeans(PerPicture):
     """A function of the means of `k` values a picture.
 
     Attributes:
@@ -46,16 +46,7 @@ class OfMeans(Statistic):
         function: `[..., k]` means -> `[...]`.
     """
 
-    values: Float[np.ndarray, "n k"]
     function: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def pictures(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return len(self.values)
-
-    @property
-    def queries(self) -> int:
-        return len(self.values)
 
     def __call__(self, weights: Weights) -> Values:
         return self.function(weights @ self.values / weights.sum(1, keepdims=True))

@@ -100,17 +100,14 @@ class Median(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class ClassMean(Statistic):
-    """Mean over classes of the mean over a class's pictures (mean per-class recall).
-
-    Classes that a draw leaves empty are left out of it; classes without any picture, always.
+class PerPicture(Statistic):
+    """A statistic of what each picture adds once.
 
     Attributes:
-        values: one a picture. label: its class.
+        values: of each picture one, or a row of them.
     """
 
-    values: Float[np.ndarray, " n"]
-    label: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, "n ..."]
 
     @property
     def pictures(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -119,6 +116,19 @@ class ClassMean(Statistic):
     @property
     def queries(self) -> int:
         return len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMean(PerPicture):
+    """Mean over classes of the mean over a class's pictures (mean per-class recall).
+
+    Classes that a draw leaves empty are left out of it; classes without any picture, always.
+
+    Attributes:
+        values: one a picture. label: its class.
+    """
+
+    label: Int[np.ndarray, " n"]
 
     def __call__(self, weights: Weights) -> Values:
         order = np.argsort(self.label, kind="stable")
