@@ -112,6 +112,8 @@ def decide_one(config: HypothesisConfig, hypothesis: Hypothesis) -> tuple[dict[s
             raise UserError(f"{path} was changed since it was written ({LEDGER} knows)")
         record(path, held, flat)  # a run cut short may not have
         return held, path
+    if not config.exploratory and (picture := path.with_suffix(".png")).exists():
+        raise UserError(f"{picture} exists, of something else; name another --out")
     question = hypothesis.wanted.question
     spent = [look for look in looks(flat[: len(checkpoints[0])]) if look.same(question, None)]
     if spent and not config.exploratory:

@@ -187,7 +187,7 @@ def binding(models: Sequence[Confirm]) -> Answer:
     items = tuple(i for i in every.items if i.row in mine and i.category in kinds)
     found = compositional(one.found.model, one.encoder, replace(every, items=items))
     (mean,) = (m.statistic for m in found.measures if m.name == "mean over categories")
-    return Answer(mean, f"{len(items)} questions")
+    return Answer(mean, f"{len(items)} questions: {', '.join(sorted(kinds))}")
 
 
 def sensitivity(models: Sequence[Confirm]) -> Answer:

@@ -309,6 +309,7 @@ def test_binding_asks_confirm_pictures_the_kinds_named(swept_run):
     asked = confirm_of(swept_run, pictures=100, kinds=("colour swap",))
     statistic, told = answer("binding", asked)
     assert 0 < statistic.value < 1 and 5 < int(told.split()[0]) < len(asked.rows)
+    assert told.endswith("questions: colour swap")  # other kinds, as many: another question
     with pytest.raises(UserError, match="'colr' is none of colour swap"):
         ANSWERS["binding"]([confirm_of(swept_run, kinds=("colr",))])
 
@@ -374,6 +375,10 @@ def test_a_question_is_known_by_what_it_comes_to(swept_run, tmp_path, capsys):
     text = PLAIN.replace("margin", "pictures = 100\nmargin")
     claim, ckpt = written(tmp_path, text), run / "final_epoch.pt"
     words = "--ckpt", ckpt, "--draws", 199
+    (run / "hypothesis-claim.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"hypothesis-claim.png exists, of something else"):
+        decided(capsys, claim, *words)
+    (run / "hypothesis-claim.png").unlink()
     told = decided(capsys, claim, *words)
     layer, depth = int(told.split("(L")[1][0]), confirm_of(ckpt).swept.tower.cfg.n_layers
     half = "first half" if layer < depth // 2 else "second half"
