@@ -29,12 +29,13 @@ class Answer:
     Attributes:
         statistic: its value and spread over pictures.
         told: what it is of: the head, the rates.
-        course: name of an axis, places on it, and the mean excess of all heads there.
+        course: name of an axis, places on it, and what is there: the mean excess of all heads, or
+            R@1 along learning rates.
     """
 
     statistic: Statistic
     told: str
-    course: tuple[str, list[int], list[float]] | None = None
+    course: tuple[str, list[float], list[float]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +206,15 @@ def sensitivity(models: Sequence[Confirm]) -> Answer:
     columns = np.stack([_hits(one, one.source, one.rows) for one in models])
     best = models[0].found.config
     assert best is not None
-    return Answer(_mean(columns[0] - columns.mean(axis=0)), f"best of {len(rates)}: {best.lr:g}")
+    told = f"best of {len(rates)}: {best.lr:g}"
+    course = sorted(
+        (one.found.config.lr, float(hits.mean()))
+        for one, hits in zip(models, columns)
+        if one.found.config
+    )
+    at, recalls = (list(values) for values in zip(*course))
+    statistic = _mean(columns[0] - columns.mean(axis=0))
+    return Answer(statistic, told, ("learning rate", at, recalls))
 
 
 def best_rate(scores: Mapping[float, Sequence[float]]) -> float:

@@ -91,17 +91,22 @@ def _courses(
     axes: Axes, report: dict[str, Any], names: list[str], colours: tuple[str, ...], theme: Theme
 ) -> None:
     what, at, _ = report["courses"][0][0]
-    axes.axhline(0, color=theme.rule, linewidth=0.8, zorder=0)
+    rates = what == "learning rate"
+    if not rates:
+        axes.axhline(0, color=theme.rule, linewidth=0.8, zorder=0)
     for arm, name, colour in zip(report["courses"], names, colours):
         lines = np.array([values for _, _, values in arm])
         axes.plot(at, lines.T, color=colour, linewidth=0.6, alpha=0.5)
         axes.plot(at, lines.mean(axis=0), "o-", ms=3, color=colour, linewidth=1.8, label=name)
     axes.set_xlabel(what)
-    axes.set_ylabel("mean excess of all heads")
+    axes.set_ylabel("image-to-text R@1" if rates else "mean excess of all heads")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=2)
-    if what == "layer":
-        axes.set_xticks(at)
+    if rates:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    if rates or what == "layer":
+        axes.set_xticks(at, [f"{place:g}" for place in at])
     axes.legend(frameon=False, fontsize=7.5)
 
 

@@ -453,6 +453,10 @@ def test_two_sides_with_few_seeds_decide_nothing(swept_run, tmp_path, capsys):
     course = figure(report).axes[-1]  # pyright: ignore[reportOptionalMemberAccess]
     means = [line.get_ydata() for line in course.lines if line.get_label() == "first"]
     assert np.allclose(means, [0.2, 0.4])
+    report["courses"] = [[["learning rate", [1e-4, 2e-4, 8e-4], [0.1, 0.3, 0.2]]] * 2] * 2
+    course = figure(report).axes[-1]  # pyright: ignore[reportOptionalMemberAccess]
+    assert course.get_xscale() == "log" and course.get_ylabel() == "image-to-text R@1"
+    assert [t.get_text() for t in course.get_xticklabels()] == ["0.0001", "0.0002", "0.0008"]
     assert report["value"] == 0 and report["paired"] and report["no_spread"]
     with pytest.raises(UserError, match="compares two sides: give --against"):
         decided(capsys, claim, "--ckpt", one)
@@ -504,7 +508,9 @@ def test_sensitivity_is_the_best_rate_less_the_mean_of_all(swept_run, monkeypatc
         ANSWERS["sensitivity"](models[:2])
     hits = iter(np.array([[1.0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]]))
     monkeypatch.setattr(measures_module, "_hits", lambda *_: next(hits))
-    assert ANSWERS["sensitivity"](models).statistic.value == pytest.approx(0.75 - 1.25 / 3)
+    found = ANSWERS["sensitivity"](models)
+    assert found.statistic.value == pytest.approx(0.75 - 1.25 / 3)
+    assert found.course == ("learning rate", [rate] * 3, [0.25, 0.25, 0.75])
 
 
 def test_the_best_rate_is_that_of_discovery_over_seeds():
