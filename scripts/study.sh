@@ -175,6 +175,17 @@ photographs() { # Flickr8k, 3 seeds: descriptive
     # shellcheck disable=SC2046
     sweep $(of flickr/superclip flickr/clip)
     grounding flickr-grounding flickr/superclip flickr/clip
+    local ckpt run
+    # shellcheck disable=SC2046
+    for ckpt in $(of flickr/superclip flickr/clip); do
+        run=$(dirname "$ckpt") # *[05].pt: steps 50 to 450, and epoch_5, the end
+        [ -e "$run/course.json" ] || later quietly "$run.course.log" python -m interp.sweep --ckpt "$run/*[05].pt" \
+            --threads 1 --device "$device"
+        [ -e "$run/sweep/ablation.json" ] || later quietly "$run.ablation.log" python -m interp.ablate --ckpt "$ckpt" \
+            --kinds mean --device "$device"
+    done
+    run_queue
+    for name in superclip clip; do tail -n 99 "$out/flickr/$name"/seed*.{course,ablation}.log; done >"$out/tables/flickr-course.txt"
     cat "$out"/tables/flickr*.txt
 }
 declare -A head=([superclip]="--head-vocab seen")
