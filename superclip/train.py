@@ -79,6 +79,12 @@ def _train(config: TrainConfig[Any], stop: StopRequest, stage: str = "") -> bool
             )
             if shortened := _reduced(config, stage):
                 print(shortened, flush=True)
+            if plan.total_steps < (warmup := config.optim.warmup):
+                print(
+                    f"note: the run ends within its warm-up of {warmup} steps; the learning rate "
+                    f"never reaches {config.lr:g} (--warmup N)",
+                    flush=True,
+                )
             for evaluator in run.evaluators:
                 print(evaluator.described, flush=True)
             if isinstance(run.rows.source, Stream):
