@@ -17,8 +17,6 @@ from interp.ledger import LEDGER, Look, looks, record, result_sha256
 from superclip.errors import UserError, check_writable, replace_text, run_command
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from interp.confirm import Confirm
     from interp.measures import Answer
     from superclip.evaluation.measures import Measure
@@ -272,6 +270,7 @@ def decide(
     import numpy as np
 
     from interp.measures import NothingToTell
+    from interp.stats.seeds import relabelled
     from superclip.evaluation.measures import Measure
     from superclip.evaluation.tasks import share_initial_weights
 
@@ -340,26 +339,6 @@ def decide(
         "no_spread": not sure,
         "decision": decision,
     }
-
-
-def relabelled(values: Sequence[Sequence[float]], edge: float, paired: bool) -> float:
-    """Two-sided p of the exact test over seeds that the value is `edge`: signs flipped, by seed or
-    by pair, else seeds relabelled. It asks nothing of their distribution but symmetry, where t asks
-    that it be normal (all of 2^n or of the choices; above 9 999, so many drawn)."""
-    import numpy as np
-    from scipy.stats import permutation_test
-
-    first = np.array(values[0]) - edge
-    if len(values) == 2 and not paired:
-        data, kind = (first, np.array(values[1])), "independent"
-    else:
-        data, kind = (first - (np.array(values[1]) if paired else 0),), "samples"
-
-    def mean(a: np.ndarray, b: np.ndarray | None = None, axis: int = -1) -> np.ndarray:
-        return a.mean(axis) if b is None else a.mean(axis) - b.mean(axis)
-
-    found = permutation_test(data, mean, permutation_type=kind, vectorized=True, rng=0)
-    return float(found.pvalue)
 
 
 def _best_first(

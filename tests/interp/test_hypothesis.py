@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, refused
 from PIL import Image
+from scipy.stats import ttest_1samp, ttest_ind
 
 from interp import measures as measures_module
 from interp.causal.ablation import ablate, contrastive_margin
@@ -21,10 +22,12 @@ from interp.claim import MEASURES, Wanted, read_hypothesis
 from interp.config import HypothesisConfig, OfSweep
 from interp.confirm import Grounding, layers_of, open_confirm
 from interp.heads import Head
-from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main, relabelled
+from interp.hypothesis import SEEDS, _refuse_unlike, compared, decide_one, main
 from interp.measures import ANSWERS, NothingToTell, OfMeans, _reached, best_rate, depth
 from interp.render.claim import _last_lines, figure
 from interp.results import SweepResults
+from interp.stats import seeds as seeds_module
+from interp.stats.seeds import least_told, relabelled, share_told
 from interp.stats.splits import assign_split
 from interp.sweep import main as sweep
 from interp.swept import open_swept
@@ -408,11 +411,11 @@ def test_other_code_than_that_which_decided_is_told():
 @pytest.mark.parametrize(
     "first,second,paired,p",
     [
-        ([1.0, 2, 3, 4, 5, 6], None, False, 2 / 64),
-        ([1.0, 2, 3, 4, 5, -0.5], None, False, 4 / 64),
-        ([1.0, 2, 3, 4, 5, 6], [0.0] * 6, True, 2 / 64),
-        ([1.0, 2, 3], [-1.0, -2, -3], False, 2 / 20),
-        ([1.0, -1], None, False, 1.0),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], None, False, 2 / 64),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, -0.5], None, False, 4 / 64),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.0] * 6, True, 2 / 64),
+        ([1.0, 2.0, 3.0], [-1.0, -2.0, -3.0], False, 2 / 20),
+        ([1.0, -1.0], None, False, 1.0),
     ],
 )
 def test_seeds_relabelled_by_hand(first, second, paired, p):
@@ -420,6 +423,32 @@ def test_seeds_relabelled_by_hand(first, second, paired, p):
     assert relabelled(values, 0.0, paired) == pytest.approx(p)
     moved = [[v + 7 for v in first], *values[1:]]
     assert relabelled(moved, 7.0, paired) == pytest.approx(p)
+
+
+@pytest.mark.parametrize("seeds,distances", [((6,), [3.5]), ((6,), [4.0, -4.5]), ((4, 5), [-3.0])])
+def test_the_share_that_both_tests_tell_is_that_of_studies_done_one_by_one(
+    seeds, distances, monkeypatch
+):
+    monkeypatch.setattr(seeds_module, "STUDIES", 80)
+    drawn = np.random.default_rng(0).standard_normal((80, sum(seeds)))
+    scale, told = np.sqrt(sum(1 / n for n in seeds)), 0
+    for study in drawn:
+        sides, sure = np.split(study, [seeds[0]])[: len(seeds)], True
+        for distance in distances:
+            first, rest = sides[0] + distance * scale, sides[1:]
+            t = ttest_ind(first, *rest) if rest else ttest_1samp(first, 0)
+            sure &= t.pvalue <= 0.05 and t.statistic * distance > 0
+            sure &= relabelled([list(first), *map(list, rest)], 0.0, False) <= 0.05
+        told += sure
+    assert 0 < told < 80 and share_told(seeds, distances) == told / 80
+
+
+def test_what_both_tests_tell_needs_seeds_and_more_than_t():
+    assert least_told((5,)) is None and share_told((5,), [99.0]) == 0
+    assert share_told((13,), [3.0]) is None and least_told((13,)) is None
+    six = least_told((6,))
+    assert six is not None and 4.2 < six < 4.6  # t alone: 3.5
+    assert share_told((6,), [six]) == pytest.approx(0.8, abs=0.01)
 
 
 @pytest.mark.parametrize(
