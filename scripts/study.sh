@@ -156,11 +156,13 @@ longer() { # is token supervision worth more than training on? (at the rate of t
     run_queue
     for times in 2x 4x; do table "longer-$times" superclip "clip-$times" --tasks retrieval zeroshot; done
 }
-forms() { # the small study's token loss, and the weight of the term (at SuperCLIP's rate)
-    arm superclip-bce --recipe scenes-superclip --token-loss bce --head-input pooled
-    for weight in 0.25 4; do arm "superclip-weight-$weight" --recipe scenes-superclip --token-weight "$weight"; done
+forms() { # the small study's token loss, and the weight of the term, at the best of four rates of both arms (rates)
+    local bce=(--recipe scenes-superclip --token-loss bce --head-input pooled) weight name
+    arm superclip-bce "${bce[@]}" # at SuperCLIP's own 5e-4, which is not this form's
+    arm superclip-bce-3e-4 "${bce[@]}" --lr 3e-4
+    for weight in 0.25 4; do arm "superclip-weight-$weight" --recipe scenes-superclip --lr 3e-4 --token-weight "$weight"; done
     run_queue
-    for name in superclip-bce superclip-weight-0.25 superclip-weight-4; do
+    for name in superclip-bce superclip-bce-3e-4 superclip-weight-0.25 superclip-weight-4; do
         table "forms-$name" "$name" clip --tasks retrieval zeroshot
     done
 }
