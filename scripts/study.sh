@@ -153,8 +153,10 @@ rates() {
 longer() { # is token supervision worth more than training on? (at the rate of the shorter runs)
     arm clip-2x --recipe scenes-clip --train-num-samples 230400
     arm clip-4x --recipe scenes-clip --train-num-samples 460800
+    arm superclip-2x --recipe scenes-superclip --lr 3e-4 --train-num-samples 230400 # added after the table of clip-2x
     run_queue
     for times in 2x 4x; do table "longer-$times" superclip "clip-$times" --tasks retrieval zeroshot; done
+    table longer-both-2x superclip-2x clip-2x --tasks retrieval zeroshot
 }
 forms() { # the small study's token loss, and the weight of the term, at the best of four rates of both arms (rates)
     local bce=(--recipe scenes-superclip --token-loss bce --head-input pooled) weight name
