@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from interp.config import AblateConfig
+from interp.config import AblateConfig, is_pattern
 from interp.heads import Head
 from superclip.errors import UserError, run_command
 
@@ -29,8 +29,6 @@ def main(argv: list[str]) -> None:
     from superclip.flags import parse
 
     config = parse(AblateConfig, argv, "python -m interp.ablate", DESCRIPTION)
-    from interp.timeline import is_pattern
-
     if is_pattern(config.ckpt):
         ablate_course(config)
         return

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from tyro.conf import Fixed, Positional, Suppress
 
 from superclip.config import check_seed
-from superclip.errors import UserError
+from superclip.errors import UserError, check_checkpoint
 
 Kind = Literal["class", "patches"]
 T = TypeVar("T")
@@ -22,6 +22,8 @@ PAIRS = ("fill", "swap", "colour", "category")
 class SweepConfig:
     """What `interp.sweep` scores."""
 
+    follows_runs: ClassVar[bool] = True
+    """Whether a pattern of checkpoints will do."""
     ckpt: Path | None = None
     """A checkpoint of superclip.train. Default: the newest under logs/. With --model: plain
     open_clip weights."""
@@ -84,6 +86,7 @@ class SweepConfig:
 class OfSweep:
     """What every command asks for that goes on from a sweep."""
 
+    follows_runs: ClassVar[bool] = False
     ckpt: Path | None = None
     """A checkpoint. Default: the newest under logs/."""
     results: Path | None = None
@@ -123,6 +126,7 @@ class OfSweep:
 class AblateConfig(OfSweep):
     """What `interp.ablate` removes."""
 
+    follows_runs: ClassVar[bool] = True
     units: str = "heads"
     """Comma list of what is removed, one at a time: heads, mlps, attentions, layers (all of each);
     L11H5, L3H1+L2H0 (together); champion, top:K (K best of discovery), random:K (K other heads),
@@ -273,6 +277,8 @@ class CompareConfig(OfSweep):
                 f"{len(self.ckpts)} checkpoint(s) named; name two, or the seeds of two sides: "
                 "A ... --against B ..."
             )
+        for path in (*self.ckpts, *(self.against or ())):
+            check_checkpoint(path)
 
     @property
     def sides(self) -> tuple[tuple[Path, ...], ...]:
@@ -309,8 +315,7 @@ class HypothesisConfig:
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
         for path in (*self.ckpt, *(self.against or ())):
-            if not path.is_file():
-                raise UserError(f"{path} is no file; name a checkpoint")
+            check_checkpoint(path)
 
     @property
     def sides(self) -> tuple[tuple[Path, ...], ...]:
@@ -380,10 +385,17 @@ def _check_sizes(config: SweepConfig | OfSweep) -> None:
     for name in ("ckpt", "results", "out"):
         if getattr(config, name, None) == Path():
             raise UserError(f"--{name} is empty; name something, or leave it out")
+    if config.ckpt is not None and not (config.follows_runs and is_pattern(config.ckpt)):
+        check_checkpoint(config.ckpt)
     for name, least in (("draws", 99), ("batch_size", 1), ("threads", 1)):
         value = getattr(config, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def is_pattern(ckpt: Path | None) -> bool:
+    """Whether `--ckpt` stands for several files: it has `*`, `?` or `[` and is no file itself."""
+    return ckpt is not None and bool(set(ckpt.name) & set("*?[")) and not ckpt.is_file()
 
 
 def _check_memory(gib: float) -> None:

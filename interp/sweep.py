@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from interp.config import SweepConfig
+from interp.config import SweepConfig, is_pattern
 from superclip.errors import UserError, check_writable, replace_text, run_command
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ def main(argv: list[str]) -> None:
 
     config = parse(SweepConfig, argv, "python -m interp.sweep", DESCRIPTION)
     import torch
-
-    from interp.timeline import is_pattern
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -151,8 +151,6 @@ def open_swept(config: OfSweep) -> Swept:
     if ckpt is None and config.model is None:
         ckpt = newest_checkpoint(Path("logs"))
     folder = config.results or default_folder(ckpt)
-    if ckpt is not None and not ckpt.exists():
-        raise UserError(f"--ckpt {ckpt} does not exist; train first, or name another")
     results = SweepResults.load(folder)
     subject, run = open_subject(ckpt, config.model, config.pretrained)
     if subject.facts["sha256"] != results.manifest["checkpoint"]["sha256"]:

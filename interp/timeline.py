@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -52,11 +51,6 @@ def numbered(pattern: Path) -> list[tuple[int, Path]]:
             "needs two at least: train with --save-every (and without --keep-last)"
         )
     return [(steps_of(path), path) for path in found]
-
-
-def is_pattern(ckpt: Path | None) -> bool:
-    """Whether `--ckpt` stands for several files: it has `*`, `?` or `[` and is no file itself."""
-    return ckpt is not None and bool(re.search(r"[*?[]", ckpt.name)) and not ckpt.is_file()
 
 
 def refuse_other_course(path: Path, steps: Sequence[int], overwrite: bool) -> None:

@@ -43,6 +43,23 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: {parent} can't be written; name another place")
 
 
+def check_checkpoint(path: Path) -> None:
+    """Refuse a checkpoint's name at once, before torch is imported.
+
+    Raises:
+        UserError: if no file stands there.
+    """
+    if path.is_dir():
+        held = path / "final_epoch.pt"
+        example = held if held.is_file() else held.name
+        raise UserError(f"{path} is no file; name a checkpoint, as {example}")
+    if not path.exists():
+        quoted = "; leave a pattern unquoted" if set(path.name) & set("*?[") else ""
+        raise UserError(f"{path} does not exist{quoted}")
+    if not path.is_file():
+        raise UserError(f"{path} is no file; name a checkpoint, as final_epoch.pt")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to that takes the place of `path` whole, or not at all; nothing half written

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from superclip.errors import UserError, check_writable, run_command
+from superclip.errors import UserError, check_checkpoint, check_writable, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,7 @@ def export(config: ExportConfig) -> tuple[Path, str]:
         UserError: if there is no readable checkpoint, or `out` holds what must not be replaced.
     """
     path = config.ckpt or _newest()
+    check_checkpoint(path)
     out = (config.out or path.parent / config.to).resolve()
     _refuse_occupied(out, config.overwrite)
     from superclip.model.towers import is_towers  # torch, which no refusal waits for

@@ -134,20 +134,26 @@ class Study:
         self.dev = config.tune_data or ("scenes:tune" if self.scenes else None)
         if config.tune and self.dev is None:
             raise UserError("--tune needs --tune-data: data that the comparison never sees")
-        if config.tune:
-            self._refuse_judged(self.first, str(self.dev))
+        self._refuse_data()
 
-    def _refuse_judged(self, first: TrainConfig[Any], dev: str) -> None:
-        """Raises UserError if rates would be chosen on the pictures that train or judge."""
+    def _refuse_data(self) -> None:
+        """Raises UserError for data that can't be opened, and if rates would be chosen on the
+        pictures that train or judge. A stream is opened by its run."""
+        from superclip.data.shards import is_stream
         from superclip.data.sources import held_out_spec, open_source
 
-        judged = self.config.val_data or first.data.val_data or held_out_spec(first.data.train_data)
-        seed, digest = first.data.data_seed, {}
-        for what, spec in (("judge", judged), ("train", first.data.train_data), ("tune", dev)):
-            digest[what] = open_source(spec, None, seed, held_out=what != "train").digest
+        data = self.first.data
+        judged = self.config.val_data or data.val_data or held_out_spec(data.train_data)
+        specs = {"judge": judged, "train": data.train_data}
+        specs |= {"tune": str(self.dev)} if self.config.tune else {}
+        digest = {
+            what: open_source(spec, None, data.data_seed, held_out=what != "train").digest
+            for what, spec in specs.items()
+            if not (what == "train" and is_stream(spec))
+        }
         for what in ("judge", "train"):
-            if digest[what] == digest["tune"]:
-                raise UserError(f"--tune-data {dev} are the pictures that {what}; name others")
+            if self.config.tune and digest.get(what) == digest["tune"]:
+                raise UserError(f"--tune-data {self.dev} are the pictures that {what}; name others")
 
     @property
     def launcher(self) -> list[str]:

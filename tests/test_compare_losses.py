@@ -106,6 +106,8 @@ def test_holm_is_over_all_arms_and_the_average_over_seeds(tmp_path):
         ({"losses": ("clip", "siglip"), "set": ("siglip.epochs=50",)}, [], "no option of siglip"),
         ({"losses": ("clip",), "tune": 3}, ["--train-data", "coco:x"], "needs --tune-data"),
         ({"losses": ("clip",), "tune": 3, "tune_data": "scenes:val"}, [], "pictures that judge"),
+        ({"losses": ("clip",), "data": "coco:nowhere"}, [], "no folder nowhere"),
+        ({"losses": ("clip",), "val_data": "coco:nowhere"}, [], "no folder nowhere"),
         ({"losses": ("clip",), "optimizers": ("adamq",)}, [], "'adamq' is unknown"),
         ({"losses": ("clip,clip",)}, [], "name each once"),
         ({"losses": ("clip",), "launcher": " "}, [], "--launcher is empty"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from superclip.config import Precision, check_seed, is_scenes
-from superclip.errors import UserError
+from superclip.errors import UserError, check_checkpoint
 
 Task = Literal["retrieval", "zeroshot", "compositional", "probe"]
 
@@ -100,6 +100,7 @@ class EvalConfig:
         for path in (*self.ckpt, *(self.against or ())):
             if path == Path():
                 raise UserError("a checkpoint's name is empty; name a file")
+            check_checkpoint(path)
         for name in ("val_data", "zeroshot", "probe", "probe_test", "templates", "classnames"):
             if getattr(self, name) in ("", Path()):
                 raise UserError(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from superclip.config import TrainConfig, train_config
 from superclip.data.loader import Preprocess
-from superclip.errors import UserError
+from superclip.errors import UserError, check_checkpoint
 from superclip.model.factory import (
     activation_name,
     build_clip,
@@ -49,11 +49,7 @@ def read_tensors(path: Path, check: bool = True) -> Any:
     Raises:
         UserError: if the file is missing, cut, or holds anything but tensors and plain values.
     """
-    if not path.exists():
-        quoted = "; leave a pattern unquoted" if re.search(r"[*?[]", path.name) else ""
-        raise UserError(f"{path} does not exist{quoted}")
-    if not path.is_file():
-        raise UserError(f"{path} is no file; name a checkpoint, as final_epoch.pt")
+    check_checkpoint(path)
     if check and (damage := damage_of(path)) is not None:
         raise UserError(f"{path} is not a readable checkpoint: {damage}")
     try:
