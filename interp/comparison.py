@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from superclip.evaluation.measures import Measure, Result
     from superclip.model.weights import Checkpoint
 
-SCHEMA = 1
+SCHEMA = 2
 EFFECT = 2.0
 """Points for which the power of a test is stated."""
 SHUFFLES = 99

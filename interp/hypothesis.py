@@ -270,8 +270,8 @@ def decide(
     import numpy as np
 
     from interp.measures import NothingToTell
-    from interp.stats.seeds import relabelled
     from superclip.evaluation.measures import Measure
+    from superclip.evaluation.statistics import relabelled
     from superclip.evaluation.tasks import share_initial_weights
 
     measure = MEASURES[hypothesis.wanted.measure]

@@ -1,4 +1,5 @@
-"""The exact test over seeds, and what it and t can tell together."""
+"""What t and the exact test over seeds (`superclip.evaluation.statistics.relabelled`) can tell
+together."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, product
 from math import comb
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,25 +15,6 @@ MOST = 4096
 """Relabellings beyond which t alone says as much as both tests (above twelve pairs)."""
 STUDIES = 2000
 """That are simulated: a share of .8 has a standard error of .009."""
-
-
-def relabelled(values: Sequence[Sequence[float]], edge: float, paired: bool) -> float:
-    """Two-sided p of the exact test over seeds that the value is `edge`: signs flipped, by seed or
-    by pair, else seeds relabelled. It asks nothing of their distribution but symmetry, where t asks
-    that it be normal (all of 2^n or of the choices; above 9 999, so many drawn)."""
-    from scipy.stats import permutation_test
-
-    first = np.array(values[0]) - edge
-    if len(values) == 2 and not paired:
-        data, kind = (first, np.array(values[1])), "independent"
-    else:
-        data, kind = (first - (np.array(values[1]) if paired else 0),), "samples"
-
-    def mean(a: np.ndarray, b: np.ndarray | None = None, axis: int = -1) -> Any:
-        return a.mean(axis) if b is None else a.mean(axis) - b.mean(axis)
-
-    found = permutation_test(data, mean, permutation_type=kind, vectorized=True, rng=0)
-    return float(found.pvalue)
 
 
 @cache

@@ -154,7 +154,8 @@ def difference_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     effect = rows[0]["effect"] * (100 if rows[0]["percent"] else 1)
     tests = list(dict.fromkeys(row["test"] for row in rows))
     heads = ["task", "measure", "first", "second", "diff", "95 % interval", "p", "Holm"]
-    table = [[*heads, "80 % at", f"power({effect:g})", "verdict"]]
+    exact = any(row["exact"] is not None for row in rows)
+    table = [[*heads, *["exact"] * exact, "80 % at", f"power({effect:g})", "verdict"]]
     for row in rows:
         s = 100 if row["percent"] else 1
         at, sure = row["detectable"], row["power"]
@@ -168,6 +169,7 @@ def difference_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"[{row['low'] * s:+.1f}, {row['high'] * s:+.1f}]",
                 shown(row["p"]) + mark,
                 shown(row["p_holm"]),
+                *["-" if row["exact"] is None else shown(row["exact"])] * exact,
                 "-" if at is None else f"{at * s:.1f}",
                 "-" if sure is None else f"{sure:.2f}",
                 row["verdict"],
@@ -175,7 +177,9 @@ def difference_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         )
     marks = [f"{chr(ord('a') + k)}: {test}" for k, test in enumerate(tests)]
     said = f"p: {tests[0]}" if len(tests) == 1 else f"p: {', '.join(marks)}"
-    return [*aligned(table, "<<>>><>>>><"), said]
+    if exact:
+        said += f"; exact: of relabelled seeds alone, {rows[0]['least_p']:.3g} at least"
+    return [*aligned(table, "<<>>><" + ">" * (len(table[0]) - 7) + "<"), said]
 
 
 def aligned(table: Sequence[Sequence[str]], sides: str) -> list[str]:

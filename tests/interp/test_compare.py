@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_cka_is_one_up_to_rotation_and_zero_for_the_unrelated():
     assert not cka_shuffled(constant, u_centred(x), 3, 0).any()
 
 
-CONFIG = CompareConfig(ckpts=("a", "b"), draws=199)  # pyright: ignore[reportArgumentType]
+CONFIG = CompareConfig(ckpts=(Path(__file__),) * 2, draws=199)
 
 
 def test_verdicts_need_band_and_p():

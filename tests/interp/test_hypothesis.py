@@ -27,7 +27,7 @@ from interp.measures import ANSWERS, NothingToTell, OfMeans, _reached, best_rate
 from interp.render.claim import _last_lines, figure
 from interp.results import SweepResults
 from interp.stats import seeds as seeds_module
-from interp.stats.seeds import least_told, relabelled, share_told
+from interp.stats.seeds import least_told, share_told
 from interp.stats.splits import assign_split
 from interp.sweep import main as sweep
 from interp.swept import open_swept
@@ -35,6 +35,7 @@ from superclip.data.scenes import Scenes
 from superclip.data.shard_writer import write_shards
 from superclip.errors import UserError
 from superclip.evaluation.measures import Mean, Measure
+from superclip.evaluation.statistics import relabelled
 from superclip.model.weights import load_checkpoint
 
 SHIPPED = sorted((ROOT / "research" / "hypotheses").glob("*.toml"))
