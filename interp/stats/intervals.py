@@ -18,6 +18,7 @@ from interp.stats.draws import DRAWS, Purpose, generator
 from interp.stats.multiplicity import NO_SPREAD
 from interp.stats.pairing import PairScores
 from interp.stats.splits import groups
+from superclip.evaluation.statistics import ROUNDING
 
 LEVEL = 0.95
 
@@ -263,5 +264,6 @@ def _times(
 
 
 def _percentiles(estimate: float, drawn: np.ndarray, n: int) -> Interval:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    edges = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.where(np.abs(edges) < ROUNDING, 0, edges)  # an edge at 0 lies on neither side
     return Interval(float(estimate), float(low), float(high), n)

@@ -182,6 +182,13 @@ def test_excess_interval_and_the_difference_of_two_heads(pairs, stratum) -> None
         head_blocks(pairs, stratum)
 
 
+@pytest.mark.parametrize("pictures", [48, 100, 297])
+def test_an_interval_that_ends_at_0_lies_on_neither_side(pictures: int) -> None:
+    values = np.zeros(pictures)
+    values[0] = -1  # many a resample holds it not, and is 0 but for rounding
+    assert mean_interval(values).high == 0
+
+
 def test_mean_interval_has_the_textbook_width() -> None:
     values = np.random.default_rng(0).normal(2, 1, 400)
     interval = mean_interval(values)
