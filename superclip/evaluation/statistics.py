@@ -405,8 +405,8 @@ def relabelled(values: Sequence[Sequence[float] | np.ndarray], edge: float, pair
     by pair, else seeds relabelled. It asks nothing of their distribution but symmetry, where t asks
     that it be normal (all of 2^n or of the choices; above 9 999, so many drawn).
 
-    >>> relabelled([[2.0, 3, 4, 5, 6, 7], [1.0, 1, 1, 1, 1, 1]], 0.0, True)
-    0.03125
+    >>> relabelled([[2.0, 3.0, 4.0], [1.0, 1.5, 1.0]], 0.0, True)
+    0.25
     """
     from scipy.stats import permutation_test
 

@@ -555,5 +555,5 @@ def test_bad_words():
     file = str(LATE)
     assert "name a hypothesis file" in refused("interp.hypothesis")
     assert "--ckpt: name a checkpoint" in refused("interp.hypothesis", file)
-    assert "nowhere.pt is no file" in refused("interp.hypothesis", file, "--ckpt", "nowhere.pt")
+    assert "nowhere.pt does not exist" in refused("interp.hypothesis", file, "--ckpt", "nowhere.pt")
     assert "is no hypothesis file" in refused("interp.hypothesis", "x.toml", "--ckpt", file)
