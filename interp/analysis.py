@@ -110,7 +110,7 @@ def analyse(results: SweepResults) -> Findings:
         baselines=tuple(_baselines(view, own)),
         heads=tuple(_head_rows(results, verdict)),
         area=view.mean(view.area),
-        pointing_chance=float((results.hits[rows] > 0).mean()),
+        pointing_chance=_pointing_chance(results.hits[rows], results.valid[rows]),
     )
 
 
@@ -187,6 +187,12 @@ class _View:
             self.selectivity(maps),
             self.selectivity_difference(own, maps),
         )
+
+
+def _pointing_chance(hits: np.ndarray, valid: np.ndarray) -> float:
+    """Of a patch drawn from those that can be pointed at."""
+    allowed = valid > 0
+    return float((((hits > 0) & allowed).sum(1) / allowed.sum(1)).mean())
 
 
 def _baselines(view: _View, own: np.ndarray):

@@ -166,9 +166,12 @@ def causal(models: Sequence[Confirm]) -> Answer:
         lead[:, k] = losses[:, k] - losses[:, beside].mean(axis=1)
     passes = int((lead.mean(0) > 1.96 * lead.std(0, ddof=1) / np.sqrt(len(lead))).sum())
     mine = heads.index(head)
-    place = int((losses.mean(0) > losses[:, mine].mean()).sum()) + 1
-    told = f"{head}, number {place} of {len(heads)} by loss"
-    told += f"; {passes} heads cost more than the rest of their layer"
+    means = losses.mean(0)
+    place = int((means > means[mine]).sum()) + 1
+    told = (
+        f"{head}, number {place} of {len(heads)} by loss; {passes} heads lie 1.96 standard errors"
+    )
+    told += f" above the rest of their layer (by chance about {len(heads) / 40:.1f})"
     return Answer(_mean(lead[:, mine]), told)
 
 

@@ -205,6 +205,7 @@ def _compare(
     value = 0.0 if abs(value) < noise else value
     single, drawn = len(first) == len(second) == 1, a[0] - b[0]
     sure = least = floor = None
+    drawn = np.where(np.abs(drawn) < noise, 0, drawn)  # an edge at 0 lies on neither side
     if single:
         low, high = map(float, np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         error, freedom = float(np.nanstd(drawn)), math.inf

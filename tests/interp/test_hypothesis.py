@@ -306,7 +306,7 @@ def test_causal_is_the_loss_by_hooks(swept_run):
     losses = {j: float(margin([]) - margin([Head(head.layer, j)])) for j in range(4)}
     mine = losses.pop(head.index)
     assert found.value == pytest.approx(mine - np.mean([*losses.values()]), abs=1e-6)
-    assert re.search(r", number \d+ of 16 by loss; \d+ heads cost more", told)
+    assert re.search(r", number \d+ of 16 by loss; \d+ heads lie 1.96", told)
 
 
 def test_binding_asks_confirm_pictures_the_kinds_named(swept_run):
