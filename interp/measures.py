@@ -168,10 +168,8 @@ def causal(models: Sequence[Confirm]) -> Answer:
     mine = heads.index(head)
     means = losses.mean(0)
     place = int((means > means[mine]).sum()) + 1
-    told = (
-        f"{head}, number {place} of {len(heads)} by loss; {passes} heads lie 1.96 standard errors"
-    )
-    told += f" above the rest of their layer (by chance about {len(heads) / 40:.1f})"
+    told = f"{head}, number {place} of {len(heads)} by loss; {passes} heads lie 1.96 standard "
+    told += f"errors above the rest of their layer (by chance about {len(heads) / 40:.1f})"
     return Answer(_mean(lead[:, mine]), told)
 
 

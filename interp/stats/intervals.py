@@ -18,7 +18,7 @@ from interp.stats.draws import DRAWS, Purpose, generator
 from interp.stats.multiplicity import NO_SPREAD
 from interp.stats.pairing import PairScores
 from interp.stats.splits import groups
-from superclip.evaluation.statistics import ROUNDING
+from superclip.evaluation.statistics import cleaned
 
 LEVEL = 0.95
 
@@ -132,7 +132,7 @@ def simultaneous_band(
     t = np.abs(means - estimate) / np.where(spread, np.maximum(errors, NO_SPREAD), np.inf)
     critical = float(np.quantile(t.max(axis=1), LEVEL))
     half = np.where(spread, critical * _standard_error(flat, stratum, lost), 0)
-    arrays = (_clean(x).reshape(shape) for x in (estimate, estimate - half, estimate + half))
+    arrays = (cleaned(x).reshape(shape) for x in (estimate, estimate - half, estimate + half))
     return Band(*arrays, critical=critical, n=len(rows))
 
 
@@ -263,12 +263,7 @@ def _times(
     return times
 
 
-def _clean(values: np.ndarray) -> np.ndarray:
-    """What is 0 but for rounding as 0: an edge there lies on neither side."""
-    return np.where(np.abs(values) < ROUNDING, 0, values)
-
-
 def _percentiles(estimate: float, drawn: np.ndarray, n: int) -> Interval:
     edges = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = _clean(edges)
+    low, high = cleaned(edges)
     return Interval(float(estimate), float(low), float(high), n)

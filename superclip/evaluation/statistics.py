@@ -105,6 +105,11 @@ def all_hit_bound(sizes: Int[np.ndarray, " c"], level: float) -> float:
     return float(np.minimum(1, np.exp(found) * sizes).mean())
 
 
+def cleaned(values: np.ndarray, noise: float = ROUNDING) -> np.ndarray:
+    """What is 0 but for rounding as 0: an interval that ends there lies on neither side."""
+    return np.where(np.abs(values) < noise, 0, values)
+
+
 @dataclass(frozen=True)
 class Difference:
     """First arm minus second, of one measure.
@@ -205,7 +210,7 @@ def _compare(
     value = 0.0 if abs(value) < noise else value
     single, drawn = len(first) == len(second) == 1, a[0] - b[0]
     sure = least = floor = None
-    drawn = np.where(np.abs(drawn) < noise, 0, drawn)  # an edge at 0 lies on neither side
+    drawn = cleaned(drawn, noise)
     if single:
         low, high = map(float, np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         error, freedom = float(np.nanstd(drawn)), math.inf

@@ -290,3 +290,13 @@ def test_what_seeds_alone_would_allow_stands_beside_t():
     found = compare(*models(rng, 4, 1.0, 0.0), paired=False, effect=0.02, draws=200)
     assert found.p < found.least_p == pytest.approx(2 / 70)
     assert found.freedom is None or found.freedom > 2
+
+
+def test_models_that_differ_by_rounding_alone_do_not_differ():
+    values = np.random.default_rng(0).random(60)
+    one, other = (
+        [Measure("excess", Mean(v, np.arange(60), 60), 0.0)] for v in (values, values + 1e-16)
+    )
+    found = compare(one, other, True, 0.02, 199)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert "no difference shown" in found.verdict

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from reference import metrics as reference
 
+from interp.analysis import _pointing_chance
 from interp.grounding import baselines, metrics
 from interp.grounding.metrics import PairScores
 from interp.heads import Head
@@ -178,3 +179,14 @@ def test_centre_gaussian_has_its_width() -> None:
     prior = baselines.centre_gaussian((4, 8)).reshape(4, 8)
     np.testing.assert_allclose(prior, prior[::-1, ::-1])
     assert prior[0, 3] / prior[1, 3] == pytest.approx(np.exp(-(0.375**2 - 0.125**2) / 0.125))
+
+
+def test_the_chance_of_pointing_is_that_of_a_patch_that_may_be_pointed_at() -> None:
+    hits = np.array([[True, True, False, False], [True, False, False, False]])
+    valid = np.array([[1.0, 0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    assert _pointing_chance(hits, valid) == (1 + 1 / 4) / 2
+    for shape in range(2):  # every patch in its turn the strongest
+        turns = np.eye(4)[valid[shape] > 0]
+        rows = (np.repeat(a[shape : shape + 1], len(turns), 0) for a in (hits, valid))
+        shares = metrics.pointing(turns, *rows)
+        assert shares.mean() == _pointing_chance(hits[shape : shape + 1], valid[shape : shape + 1])

@@ -189,6 +189,14 @@ def test_an_interval_that_ends_at_0_lies_on_neither_side(pictures: int) -> None:
     assert mean_interval(values).high == 0
 
 
+def test_heads_that_see_nothing_lie_on_neither_side_of_their_band() -> None:
+    seeing = np.random.default_rng(0).normal(size=(200, 1))
+    blind = np.full((200, 4), [1e-17, -1e-17, 3e-17, 0.0])  # the same map for every picture
+    band = simultaneous_band(np.hstack([seeing, blind]), np.zeros(200, int), draws=199)
+    assert not (band.low[1:] > 0).any() and not (band.high[1:] < 0).any()
+    assert band.low[0] < band.high[0]
+
+
 def test_mean_interval_has_the_textbook_width() -> None:
     values = np.random.default_rng(0).normal(2, 1, 400)
     interval = mean_interval(values)
