@@ -127,11 +127,12 @@ def standing(config: AblateConfig, head: str) -> dict[str, Any] | None:
 def render(report: dict[str, Any]) -> str:
     """The report as text: the largest losses of each kind, and what they say of the champion."""
     from interp.causal.said import agreement_said, champion_said, sets_said
+    from interp.stats.multiplicity import ALPHA
+    from superclip.evaluation.tables import shown
 
     intact = _intact(report["intact"], report["chance"])
     lines = [f"intact, n = {report['n']} validation pictures: {intact}"]
-    shown = list(dict.fromkeys((r["kind"], r["family"]) for r in report["units"]))
-    for kind, family in shown:
+    for kind, family in dict.fromkeys((r["kind"], r["family"]) for r in report["units"]):
         rows = [r for r in report["units"] if (r["kind"], r["family"]) == (kind, family)]
         rows.sort(key=lambda row: row["rank"])
         kept = [r for k, r in enumerate(rows) if k < SHOWN or r["role"] == "champion"]
@@ -147,10 +148,12 @@ def render(report: dict[str, Any]) -> str:
         lines.append(sets_said(report["sets"]))
     lines += _attribution_said(report["estimates"])
     for row in report.get("downstream", [])[:5]:
+        sure = row["p_adjusted"] <= ALPHA
         lines.append(
-            f"without {row['removed']} ({row['kind']} ablation), {row['head']} changes its in-box "
-            f"mass by {_show(row['in_box_mass'])}, n = {row['in_box_mass']['n']}, p adjusted for "
-            f"{row['pairs']} pairs {row['p_adjusted']:.4f}"
+            f"without {row['removed']} ({row['kind']} ablation), the in-box mass of {row['head']} "
+            f"{'changes' if sure else 'is not shown to change'}: {_show(row['in_box_mass'])} "
+            f"(interval of this pair alone, one of the surest of {row['pairs']}), "
+            f"n = {row['in_box_mass']['n']}, p adjusted for all {shown(row['p_adjusted'])}"
         )
     lines += [
         "",
@@ -167,7 +170,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]], estimates: dict[str, Any]) -> list[str]:
-    from superclip.evaluation.tables import aligned
+    from superclip.evaluation.tables import aligned, shown
 
     extra = [name for name in ("token AP", "mAP") if name in rows[0]["measures"]]
     heads = ["unit", "role", "margin", "p adj.", "i2t R@1", "t2i R@1", *extra]
@@ -175,7 +178,7 @@ def _table(rows: Sequence[dict[str, Any]], estimates: dict[str, Any]) -> list[st
     table = [heads]
     for row in rows:
         measures = row["measures"]
-        cells = [row["unit"], row["role"], _show(row["margin"]), f"{row['p_adjusted']:.4f}"]
+        cells = [row["unit"], row["role"], _show(row["margin"]), shown(row["p_adjusted"])]
         cells += [f"{100 * measures[name]['estimate']:+.1f}" for name in ("i2t@1", "t2i@1", *extra)]
         cells.append(f"{row['removed_norm']:.2f}")
         cells.append("-" if row["per_norm"] is None else f"{row['per_norm']:+.4f}")

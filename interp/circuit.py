@@ -297,7 +297,7 @@ def _beside(name: str, shares: dict[str, Any]) -> list[str]:
         beyond = apart["low"] > 0 if faithful else apart["high"] < 0
         lines.append(
             f"    {len(random)} {rival} sets: {min(random):.4f} to {max(random):.4f}, rank "
-            f"{of['rank']} of {len(random) + 1}; {'not ' * (not beyond)}"
+            f"{of['rank']} of {len(random) + 1} (1 is the largest); {'not ' * (not beyond)}"
             f"{'above' if faithful else 'below'} their range: {_show(apart)} from its end"
         )
     return lines

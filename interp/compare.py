@@ -11,6 +11,7 @@ from typing import Any
 
 from interp.config import CompareConfig
 from superclip.errors import UserError, run_command
+from superclip.evaluation.tables import shown
 
 SHOWN = 15
 MEASURES = {
@@ -175,7 +176,7 @@ def _tested_heads(name: str) -> list[str]:
 
 def _tested(cell: dict[str, Any], digits: int) -> list[str]:
     sides = [f"{cell[side]:.{digits}f}" for side in ("first", "second")]
-    return [*sides, _show(cell, digits), f"{cell['p_adjusted']:.4f}"]
+    return [*sides, _show(cell, digits), shown(cell["p_adjusted"])]
 
 
 def said(rows: Rows) -> list[str]:
@@ -186,8 +187,8 @@ def said(rows: Rows) -> list[str]:
         for way in ("higher", "lower"):
             of = [f"{r['first']} ({r['second']})" for r in rows if r[name]["verdict"] == way]
             told += [f"{way} in {', '.join(of)}"] if of else []
-        shown, n = "; ".join(told) or "no difference is shown in any head", rows[0][name]["n"]
-        lines.append(f"{MEASURES[name]}, first against second (n = {n}): {shown}")
+        heads, n = "; ".join(told) or "no difference is shown in any head", rows[0][name]["n"]
+        lines.append(f"{MEASURES[name]}, first against second (n = {n}): {heads}")
     return lines
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from interp.stats.intervals import Band
     from interp.swept import Swept
 
-SCHEMA = 1
+SCHEMA = 2
 FEWEST = 5
 """Pictures with a word, and without it, that a judgement needs."""
 MOST = 12
@@ -249,8 +249,8 @@ def _statistics(
     def alike(values: np.ndarray) -> np.ndarray:
         return np.zeros(len(values), np.int64)
 
-    def unit(values: np.ndarray) -> Band:
-        return emergence.unit_band(values, alike(values), len(values), *chance)
+    def unit(values: np.ndarray, few: int) -> Band:
+        return emergence.unit_band(values, alike(values), few, *chance)
 
     def free(values: np.ndarray) -> Band:
         return simultaneous_band(values, alike(values), 1, *chance)
@@ -265,7 +265,7 @@ def _statistics(
 
     def rank(values: np.ndarray) -> dict[str, Any]:
         span = max(facts["candidates"] - 1, 1)
-        band = unit((values - 1) / span)
+        band = unit((values - 1) / span, len(values))
         return _curves(replace(band, **{side: 1 + span * getattr(band, side) for side in SIDES}))
 
     concepts, every = [], []
@@ -276,7 +276,7 @@ def _statistics(
         row |= auc(every[-1], held.astype(np.int64), min(sides))
         row |= {f"rank_{by}": rank(ranks[held, ..., i]) for i, by in enumerate(("mean", "min"))}
         concepts.append(row | {"rank_without": rank(ranks[~held, ..., 0])})
-    mean = np.mean(every, axis=0)
+    mean, least = np.mean(every, axis=0), min(min(r["with"], r["without"]) for r in concepts)
     image, word, patches = boxes["image"], boxes["word"], {}
     given = (
         *(found[k] for k in ("maps", "prior")),
@@ -288,11 +288,12 @@ def _statistics(
         used = defined & (np.bincount(word[defined], minlength=len(holds))[word] >= FEWEST)
         if used.any():
             by_image = emergence.category_values(values[used], image[used], word[used])
-            band = free(by_image) if name == "gain" else unit(by_image)
+            rarest = int(np.unique(word[used], return_counts=True)[1].min())
+            band = free(by_image) if name == "gain" else unit(by_image, rarest)
             patches[name] = _curves(band) | {"categories": len(np.unique(word[used]))}
     return {
         "r2": _curves(free(emergence.r2_values(found["errors"], found["total"]))),
-        "mean": auc(mean, alike(mean), len(mean)),
+        "mean": auc(mean, alike(mean), least),
         "concepts": concepts,
         "patches": patches,
     }

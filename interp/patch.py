@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from interp.causal.pairs import Pair
     from interp.swept import Swept
 
-SCHEMA = 1
+SCHEMA = 2
 FEWEST = 20
 """Pairs that a verdict needs at least."""
 SHOWN = 8
@@ -114,7 +114,9 @@ def patch(swept: Swept, config: PatchConfig) -> dict[str, Any]:
         }
         if swept.tower.cfg.pool_type == "tok":
             both = np.concatenate([stream[:, 0], stream[:, 1]], axis=1)
-            report[direction]["handover"] = asdict(interval_of(_handover, both, None, **chance))
+            entry = interval_of(_handover, both, None, **chance)
+            ends = {"low": np.floor(entry.low), "high": np.ceil(entry.high)}
+            report[direction]["handover"] = asdict(entry) | ends
     return report
 
 
@@ -169,9 +171,12 @@ def _rows(
 
 
 def _handover(means: np.ndarray) -> np.ndarray:
-    """The first entry at which the class token's stream is worth as much as the object patches'."""
+    """The entry from which on the class token's stream is worth as much as the object patches';
+    the number of entries where it is not at the last."""
+    from interp.stats.intervals import first_held
+
     of_class, of_object = np.split(means, 2, axis=-1)
-    return (of_class >= of_object).argmax(axis=-1).astype(float)
+    return first_held(of_class >= of_object).astype(float)
 
 
 def render(report: dict[str, Any]) -> str:
@@ -197,7 +202,9 @@ def render(report: dict[str, Any]) -> str:
                 share = share.loc[list(dict.fromkeys(row["at"] for row in by_share))[:SHOWN]]
             lines += ["", f"{direction}, {title}", share.rename_axis(None, axis=1).to_string()]
         if "handover" in found:
-            entry = span(found["handover"], 0)
+            never = len({row["at"] for row in found["stream"]})
+            sides = (found["handover"][side] for side in ("estimate", "low", "high"))
+            entry = "{} [{}, {}]".format(*("never" if s == never else f"{s:g}" for s in sides))
             lines.append(f"the class token is worth the object's patches from entry {entry} on")
     lines.append(
         "\nbands: simultaneous 95 % in a table; *: max-T p <= .05; entry: before that layer"

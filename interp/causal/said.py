@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from interp.stats.multiplicity import ALPHA
+from superclip.evaluation.tables import shown
+
 Rows = Sequence[dict[str, Any]]
 
 
 def change(row: dict[str, Any]) -> int:
     """-1 where the margin falls without the unit, 1 where it rises, by p and band both; else 0."""
     margin = row["margin"]
-    sure = row["p_adjusted"] <= 0.05 and not margin["low"] <= 0 <= margin["high"]
+    sure = row["p_adjusted"] <= ALPHA and not margin["low"] <= 0 <= margin["high"]
     return int(np.sign(margin["estimate"])) if sure else 0
 
 
@@ -22,7 +25,7 @@ def champion_said(rows: Rows, head: str) -> list[str]:
     lines = []
     for row in (row for row in rows if row["unit"] == head):
         margin = row["margin"]
-        if row["p_adjusted"] > 0.05:
+        if row["p_adjusted"] > ALPHA:
             said = "is not shown to change the margin"
         elif not (way := change(row)):
             said = "is not shown to change the margin (p is below .05, but the band holds 0)"
@@ -34,10 +37,21 @@ def champion_said(rows: Rows, head: str) -> list[str]:
         lines.append(
             f"{row['kind']} ablation of the champion {head} (n = {margin['n']}): removing it "
             f"{said} ({place}): {_interval(margin)} (band over all removed heads), adjusted p "
-            f"{row['p_adjusted']:.4f}; image-to-text R@1 "
+            f"{shown(row['p_adjusted'])}; image-to-text R@1 "
             f"{_interval(row['measures']['i2t@1'], 100, 1)} points (interval of this row alone)"
         )
     return lines
+
+
+def harmless(rows: Rows, head: str) -> str | None:
+    """Kinds of ablation under which removing the champion is not shown to cost margin; None where
+    there are none."""
+    own = [row for row in rows if row["unit"] == head]
+    kinds = [row["kind"] for row in own if change(row) >= 0]
+    if not kinds:
+        return None
+    of = "no" if len(kinds) == len(own) else f"not every ({', '.join(kinds)})"
+    return f"{of} ablation of it is shown to cost margin"
 
 
 def agreement_said(rows: Rows, head: str) -> str | None:
@@ -68,12 +82,12 @@ def agreement_said(rows: Rows, head: str) -> str | None:
 def sets_said(sets: dict[str, Any]) -> str:
     """The best heads together beside random sets of as many, by margin and by R@1."""
     told = []
-    for name, shown, scale, digits in (("margin", "margin", 1, 4), ("i2t@1", "R@1", 100, 1)):
+    for name, called, scale, digits in (("margin", "margin", 1, 4), ("i2t@1", "R@1", 100, 1)):
         found = sets[name]
         least, most = (scale * end(found["random"]) for end in (min, max))
         told.append(
-            f"{shown} {_interval(found['top'], scale, digits)}{' points' * (scale > 1)}, number "
-            f"{found['rank']} of {found['of']} by loss of {shown} (random: {least:+.{digits}f} to "
+            f"{called} {_interval(found['top'], scale, digits)}{' points' * (scale > 1)}, number "
+            f"{found['rank']} of {found['of']} by loss of {called} (random: {least:+.{digits}f} to "
             f"{most:+.{digits}f})"
         )
     own = sets["margin"]

@@ -117,8 +117,9 @@ def share(
 ) -> Share:
     """Compare the metric with a set kept to that with each random set, with all, and with none."""
     ratio = partial(ratio_interval, denominator=full - empty, draws=draws, seed=seed)
-    interval, random = ratio(kept - empty), (others - empty).mean(axis=1) / (full - empty).mean()
-    ends = (random.argmax(), random.argmin()) if len(random) else ()
+    sums = (np.vstack([kept, others]) - empty).mean(axis=1)  # alike, so that equals tie
+    own, *random = (sums / (full - empty).mean()).tolist()
+    ends = (np.argmax(random), np.argmin(random)) if random else ()
     over, under = [ratio(kept - others[end]) for end in ends] or (None, None)
-    rank = 1 + int((random >= interval.estimate).sum())
-    return Share(interval, random.tolist(), rank, over, under)
+    rank = 1 + sum(share >= own for share in random)
+    return Share(ratio(kept - empty), random, rank, over, under)

@@ -62,7 +62,8 @@ def unit_band(
     exact binomial limit holds, shared out over the curve: (0.025 / size)^(1 / few).
 
     Args:
-        few: pictures of the smaller side, those that decide.
+        few: pictures of the smaller side, those that decide; of a mean over words or categories,
+            those of the word or category that has fewest: as if that one alone were uncertain.
     """
     n, mean = len(values), values.mean(axis=0)
     variance = [values[r].var(axis=0) * (len(r) / n) ** 2 / (len(r) - 1) for r in groups(stratum)]

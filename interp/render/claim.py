@@ -13,6 +13,7 @@ from scipy.stats import t
 
 from interp.render.canvas import LIGHT, Theme, place, themed, write
 from interp.stats.seeds import least_told, share_told
+from superclip.evaluation.tables import shown
 
 WIDTH, HEIGHT = 3.0, 1.9
 
@@ -144,7 +145,7 @@ def said(report: dict[str, Any], code: str) -> list[str]:
         f"{' and '.join(map(str, seeds))} seed(s), {report['test']}"
     )
     if report["flips"] is not None:
-        told.append(f"  exact test over seeds: p {report['flips']:.4f}, and .05 is needed, too")
+        told.append(f"  exact test over seeds: p {shown(report['flips'])}, and .05 is needed, too")
     detectable, chance = _told_by_all_tests(report)
     if detectable and held["test"] != "within":
         told.append(

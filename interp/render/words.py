@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from interp.analysis import Baseline, Findings
-from interp.causal.said import agreement_said, champion_said, sets_said
+from interp.causal.said import agreement_said, champion_said, harmless, sets_said
 from interp.heads import Head
 from interp.results import SweepResults
 from interp.stats.intervals import Interval
-
-ALPHA = 0.05
-"""Two-sided level of the intervals and one-sided level of the tests."""
+from interp.stats.multiplicity import ALPHA
 
 TOWERS_NEEDED = 5
 """Untrained towers from which on the contrast with them counts."""
@@ -205,10 +203,12 @@ def _champion(results: SweepResults, findings: Findings) -> str:
 
 
 def _placement(findings: Findings) -> str:
+    alike = findings.auroc.n == findings.mass.n
+    fewer = "" if alike else f", n = {count(findings.auroc.n)} that it is defined of"
     return (
         f"Of its attention to patches {span(findings.mass)} lies in the boxes, "
         f"{span(findings.enrichment, 2)} times the {number(findings.area.estimate)} of uniform "
-        f"attention. Patch AUROC {span(findings.auroc)} (chance 0.5); pointing game "
+        f"attention. Patch AUROC {span(findings.auroc)} (chance 0.5{fewer}); pointing game "
         f"{span(findings.pointing)} (chance {number(findings.pointing_chance)}); "
         f"n = {count(findings.mass.n)}."
     )
@@ -310,10 +310,8 @@ def limits(
     ]
     if ablation is None:
         found.append("Whether the model needs the champion: no ablation stands beside the sweep.")
-    elif not any(r["role"] == "champion" and sign(r["margin"]) < 0 for r in ablation["units"]):
-        found.append(
-            "That the model needs the champion: no ablation of it has an interval of harm."
-        )
+    elif (unsure := harmless(ablation["units"], ablation["champion"])) is not None:
+        found.append(f"That the model needs the champion: {unsure}.")
     if findings.verdict.p[0] > ALPHA:
         found.append("That any head follows the boxes: the champion's test does not reject.")
     if not stands_out(findings):

@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float
 
 from interp.stats.draws import DRAWS, Purpose, generator
 
+ALPHA = 0.05
+"""Two-sided level of the intervals and one-sided level of the tests."""
+
 NO_SPREAD = 1e-9
 """A statistic whose standard deviation is below this is constant: its T is 0, never rejected."""
 

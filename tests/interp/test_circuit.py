@@ -318,6 +318,11 @@ def test_a_share_by_hand():
     assert found.interval.estimate == pytest.approx((2 + 1) / (2 + 4)) and found.interval.n == 2
     assert found.random == pytest.approx([0, 0.5, 7 / 6]) and found.rank == 3  # a tie counts
     assert (found.over.estimate, found.under.estimate) == pytest.approx((-2 / 3, 0.5))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        own = rng.normal(size=37)
+        tied = share(own, np.stack([own] * 3), own + 2.0, own - rng.random(37), 99)
+        assert tied.rank == 4  # whatever the order in which values are summed
     alone = share(kept, others[:0], full, empty, 99)
     assert (alone.random, alone.rank, alone.over, alone.under) == ([], 1, None, None)
 

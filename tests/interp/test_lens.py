@@ -427,6 +427,43 @@ def test_maps_and_boxes_belong_together(config):
         np.testing.assert_allclose(found["prior"][k], rest, atol=1e-5)
 
 
+def test_a_mean_over_words_is_no_surer_than_its_rarest_word():
+    """Two words that all readings tell without a mistake, with 6 and 20 of 60 pictures."""
+    n, places = 60, 4
+    holds = {"rare": np.arange(n) < 6, "often": np.arange(n) >= 40}
+    scores = np.stack([np.where(h, 2.0, 1.0) for h in holds.values()], axis=1)
+    shape = (n, len(FORMS), places, 2)
+    found = {
+        "scores": np.broadcast_to(scores[:, None, None], shape),
+        "ranks": np.ones((*shape, 2)),
+        "errors": np.full((n, len(FORMS), places), 0.5),
+        "total": np.ones(n),
+        "maps": np.broadcast_to(np.eye(4)[0], (12, len(FORMS), places, 4)),
+        "prior": np.zeros((12, len(FORMS), places, 4)),
+    }
+    word = np.array([0] * 5 + [1] * 7)
+    boxes = {
+        "image": np.arange(12),
+        "word": word,
+        "own": np.tile(np.eye(4)[0], (12, 1)),
+        "others": np.tile(np.eye(4)[1], (12, 1)),
+        "valid": np.ones((12, 4)),
+    }
+    facts = {"layers": ["in", "L0", "L1", "L2"], "candidates": 2}
+    report = command_of._statistics(found, boxes, holds, facts, (99, 0))
+
+    def limit(few):
+        return pytest.approx((0.025 / (len(FORMS) * places)) ** (1 / few))
+
+    def lows(of):
+        return [low for form in FORMS for low in of[form]["low"]]
+
+    rare, often = report["concepts"]
+    assert lows(rare["auc"])[0] == limit(6) and lows(often["auc"])[0] == limit(20)
+    assert set(lows(report["mean"]["auc"])) == set(lows(rare["auc"]))
+    assert lows(report["patches"]["auroc"])[0] == limit(5)  # the rarer category's pictures
+
+
 def test_bad_words_are_named(config, monkeypatch):
     swept = open_swept(config)
     with pytest.raises(UserError, match=r"--concepts umbrela: .*did you mean 'umbrella'"):

@@ -26,7 +26,7 @@ from interp.causal.patching import (
 from interp.collect import Subject
 from interp.config import PatchConfig
 from interp.hooked import HookedVisionTransformer
-from interp.patch import main, make_pairs, patch, render
+from interp.patch import _handover, main, make_pairs, patch, render
 from interp.render import words
 from interp.render.canvas import png
 from interp.render.patching import caption, figure
@@ -485,6 +485,10 @@ def test_the_report_says_what_the_patches_do(pairs_file, swept):
         assert stream["an object patch", 0] == pytest.approx(1, abs=1e-4)  # a cell is a patch
         assert stream["class", 0] == 0 and stream["class", 2] == pytest.approx(1, abs=1e-4)
         assert report[direction]["handover"]["estimate"] in (1, 2)
+    never = {direction: dict(report[direction]) for direction in DIRECTIONS}
+    for direction in DIRECTIONS:
+        never[direction]["handover"] = {"estimate": 2.0, "low": 1.0, "high": 3.0, "n": 40}
+    assert render(report | never).count("object's patches from entry 2 [1, never] on") == 2
     text = render(report)
     best = max(report["denoise"]["heads"], key=lambda row: row["estimate"])
     assert f"{best['at']}  " in text and "n = 40" in text and words.span(best) in text
@@ -494,6 +498,12 @@ def test_the_report_says_what_the_patches_do(pairs_file, swept):
     said = " ".join(caption(report, rows, 80).split())
     assert f"output of {z['at']} brings back most: {words.span(z)}" in said
     assert f"({sum(row['p'] <= 0.05 for row in rows)} of 24 cells)" in said
+
+
+def test_the_class_token_takes_over_where_it_stays_ahead():
+    of_object = [0.5, 0.5, 0.5, 0.0]
+    assert _handover(np.array([0.6, 0.1, 0.7, 1.0, *of_object])) == 2  # not its first time, 0
+    assert _handover(np.array([0.6, 0.1, 0.7, -0.1, *of_object])) == 4  # never
 
 
 @pytest.mark.parametrize("how", ["fill", "swap", "colour", "category"])

@@ -16,6 +16,7 @@ from interp.analysis import analyse
 from interp.heads import Head
 from interp.render import gallery, words
 from interp.render.explorer import explorer
+from interp.render.page import render_page
 from interp.report import build, checkpoint_of, folder_of, main, newest_sweep, pages, read_sibling
 from interp.stats.intervals import Interval
 from superclip.errors import UserError
@@ -207,6 +208,21 @@ def test_limits_follow_what_is_present(sheets):
         replace(sheet, evaluation=None, beside=sheet.beside | {"ablation": None}).limits
     )
     assert "no ablation stands" in bare and "How well the model retrieves" in bare
+
+
+def test_the_auroc_has_its_own_n(sheets):
+    [sheet] = sheets
+    findings = sheet.findings
+    fewer = replace(findings, auroc=replace(findings.auroc, n=findings.mass.n - 1))
+    n = f"n = {findings.mass.n - 1}"
+    assert n not in " ".join(words.answer(sheet.results, findings))
+    assert f"(chance 0.5, {n} that it is defined of)" in " ".join(
+        words.answer(sheet.results, fewer)
+    )
+    told, plain = (
+        render_page([replace(sheet, findings=f), sheet], [], []) for f in (fewer, findings)
+    )
+    assert f"({n})" in told and n not in plain
 
 
 def test_a_blind_tower_is_reported_as_null():
