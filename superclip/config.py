@@ -370,8 +370,6 @@ class OptimConfig:
                 raise UserError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
         if not 0 < self.eps < math.inf or not 0 <= self.decay < math.inf:
             raise UserError(f"--eps {self.eps} must be above 0 and --wd {self.wd} not below")
-        if self.lr is not None and self.lr_min > self.lr:
-            raise UserError(f"--lr-min {self.lr_min} is above --lr {self.lr}")
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0")
         if self.warmup < 0:
@@ -484,6 +482,8 @@ class TrainConfig(Generic[Options]):
         if unknown := sorted(set(self.trackers) - {"tensorboard", "wandb"}):
             raise UserError(f"--track {unknown[0]!r} is unknown; use tensorboard, wandb or both")
         check_seed("--seed", self.seed)
+        if self.optim.lr_min > self.lr:
+            raise UserError(f"--lr-min {self.optim.lr_min:g} is above --lr {self.lr:g}")
 
     def _refuse_idle(self) -> None:
         """Raises UserError for options that this loss or optimizer never reads."""

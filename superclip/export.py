@@ -48,9 +48,6 @@ way for --image-tower with --text-tower: plain open_clip has no such text tower.
 RECORD = "export.json"
 """Says which files of a folder an export wrote: what --overwrite may replace."""
 
-RESIZE_MODES = {"crop": "shortest", "squash": "squash", "pad": "longest"}
-"""Our preprocessing modes in open_clip's words."""
-
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -152,7 +149,7 @@ def write_open_clip(checkpoint: Checkpoint, folder: Path) -> None:
     from safetensors.torch import save_file
 
     from superclip.data.geometry import PAD_COLOUR
-    from superclip.model.factory import tokenizer
+    from superclip.model.factory import RESIZE_MODES, tokenizer
 
     preprocess, config, head = (
         checkpoint.preprocess,

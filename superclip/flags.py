@@ -126,12 +126,21 @@ def read_recipe(name: str) -> dict[str, Any]:
     return _for_loss(base, own.get("loss", base["loss"])) | own
 
 
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Options without the sections that they may stand in."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        section = key in ("options", "model", "data", "optim") and isinstance(value, dict)
+        flat |= value if section else {key: value}
+    return flat
+
+
 def _for_loss(values: dict[str, Any], loss: str) -> dict[str, Any]:
     """Options without those of their own loss, if another one takes its place."""
     if loss == values.get("loss", loss):
         return values
     owners = owner_of_keys(values["loss"])
-    kept = {k: v for k, v in values.items() if k != "options" and owners.get(k) != "options"}
+    kept = {k: v for k, v in values.items() if owners.get(k) != "options"}
     for tau in ("lr_tau", "lr_tau_schedule", "init_scale"):  # the temperature is the loss's, too
         kept.pop(tau, None)
     return kept
@@ -139,11 +148,9 @@ def _for_loss(values: dict[str, Any], loss: str) -> dict[str, Any]:
 
 def _for_optimizer(values: dict[str, Any], optimizer: str | None) -> dict[str, Any]:
     """Options without those of their own optimizer, if another one takes its place."""
-    own = values.get("optim", values)
-    if optimizer in (None, own.get("optimizer", OptimConfig.optimizer)):
+    if optimizer in (None, values.get("optimizer", OptimConfig.optimizer)):
         return values
-    kept = {k: v for k, v in own.items() if k not in OF_THE_OPTIMIZER}
-    return kept if own is values else values | {"optim": kept}
+    return {k: v for k, v in values.items() if k not in OF_THE_OPTIMIZER}
 
 
 OF_THE_OPTIMIZER = "beta1", "beta2", "eps", "wd", "momentum", "nesterov"
@@ -173,7 +180,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
             import json
 
             values = json.loads(text)
-            return dict(values.get("config", values))
+            values = dict(values.get("config", values))
+            values.pop("overwrite", None)  # what that run was once allowed
+            return values
         return tomllib.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is neither TOML nor a run.json: {error}") from None
@@ -207,7 +216,11 @@ def parse_train(argv: Sequence[str]) -> TrainConfig[Any]:
         if _peek(argv, "--train-data")[0] is not None:  # its held-out data goes with its own
             values.pop("val_data", None)
     if config is not None:
-        values |= read_config_file(Path(config))
+        own = _flat(read_config_file(Path(config)))
+        if values:
+            values = _for_loss(values, own.get("loss", values["loss"]))
+            values = _for_optimizer(values, own.get("optimizer"))
+        values |= own
     if loss is not None:
         if loss not in LOSS_OPTIONS:
             raise UserError(f"--loss {loss!r} is unknown; {nearest(loss, LOSS_OPTIONS)}")
@@ -275,11 +288,7 @@ def second_stage(config: TrainConfig[Any], recipe: str | None = None) -> TrainCo
         own = {k: v for k, v in own.items() if k in SHORT or before.get(k) != v}
         if config.data.train_data != before.get("train_data"):
             own.pop("val_data", None)
-    held = to_dict(config)
-    flat = {k: v for k, v in held.items() if not isinstance(v, dict)}
-    for section in ("options", "model", "data", "optim"):
-        flat |= held[section]
-    kept = {k: v for k, v in flat.items() if k not in SHORT}
+    kept = {k: v for k, v in _flat(to_dict(config)).items() if k not in SHORT}
     kept = _for_optimizer(kept, own.get("optimizer"))
     flat = _for_loss(kept, own.get("loss", config.loss)) | own
     begun = config.model.init_from

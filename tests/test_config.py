@@ -45,6 +45,41 @@ def test_a_run_record_is_a_config_file(tmp_path):
     assert parse_train(["--config", str(tmp_path / "run.json")]) == config
 
 
+def test_a_record_does_not_allow_what_its_run_was_once_allowed(tmp_path):
+    config = parse_train(["--overwrite", "--out", "there"])
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(config)}))
+    found = parse_train(["--config", str(tmp_path / "run.json")])
+    assert str(found.out) == "there" and not found.overwrite
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_another_loss_leaves_a_files_temperature_behind(nested, tmp_path):
+    recipe = ["--recipe", "fastclip-v3-cc3m", "--train-data", "scenes"]
+    before = parse_train(recipe)
+    assert before.optim.lr_tau is not None
+    path = tmp_path / "run.json"
+    held = to_dict(before)
+    path.write_text(
+        json.dumps({"config": held} if nested else {"loss": "fastclip-v3", "lr_tau": 0.1})
+    )
+    found = parse_train(["--config", str(path), "--loss", "clip"])
+    assert (found.optim.lr_tau, found.optim.lr_tau_schedule) == (None, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line", "words"),
+    [
+        ("superclip-b16-512m", 'optimizer = "sgd"', ["--optimizer", "sgd"]),
+        ("small-batch-clip", 'loss = "superclip"', ["--loss", "superclip"]),
+    ],
+)
+def test_a_file_changes_a_recipes_loss_or_optimizer_as_a_flag_does(recipe, line, words, tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(line)
+    begin = ["--recipe", recipe, "--train-data", "scenes"]
+    assert parse_train([*begin, "--config", str(path)]) == parse_train([*begin, *words])
+
+
 def test_round_trip_through_plain_values():
     config = parse_train(["--token-weight", "0.5", "--out", "somewhere"])
     assert train_config(json.loads(json.dumps(to_dict(config)))) == config

@@ -82,6 +82,12 @@ def test_arms_that_are_no_arms_are_refused(model, tiny_run):
         compare_arms(asked(a, b, against=(c,)))
     with pytest.raises(UserError, match=r"not of one recipe \(lr: None -> 1.0\)"):
         compare_arms(asked(a, c, d, against=(b,)))
+    second = {**json_of(tiny_run)["model"], "init_from": "a/final_epoch.pt"}  # a later stage's
+    stages = [
+        model(f"s{seed}", noise=0.1, seed=seed, model=second | {"init_from": f"{seed}.pt"})
+        for seed in (1, 2)
+    ]
+    assert len(compare_arms(asked(*stages, against=(b,), tasks=("retrieval",)))["first"]) == 2
     with pytest.raises(UserError, match="share a checkpoint"):
         compare_arms(asked(a, against=(a,)))
     other_data = model("e", data={**json_of(tiny_run)["data"], "data_seed": 7})

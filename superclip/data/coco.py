@@ -103,7 +103,8 @@ def held_out_split(root: Path, split: str) -> str:
     Raises:
         UserError: if the folder has no other one that is known to be held out.
     """
-    others = [name for name in HELD_OUT if name != split and name in find_splits(root)]
+    own = split, split.removesuffix("2017")  # two names of one file
+    others = [name for name in HELD_OUT if name not in own and name in find_splits(root)]
     if not others:
         raise UserError(f"{root} has no held-out split beside {split!r}; name one with --val-data")
     return others[0]

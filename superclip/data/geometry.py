@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from superclip.errors import UserError
 
@@ -30,6 +30,16 @@ CROP_TRIES = 10
 
 _EXIF_ORIENTATION = 0x0112
 _BICUBIC = Image.Resampling.BICUBIC
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture of each EXIF orientation upright."""
 _TURNED = range(5, 9)  # orientations that swap width and height
 _DECODER_ERRORS = (
     OSError,
@@ -235,18 +245,19 @@ def render(
 def _decode(picture: bytes | np.ndarray, geometry: Geometry, fast: bool) -> tuple[Image.Image, int]:
     """The RGB picture and the factor by which the decoder has reduced it."""
     if isinstance(picture, np.ndarray):
-        image, turned = Image.fromarray(picture), False
+        image, orientation = Image.fromarray(picture), 1
     else:
         image = Image.open(io.BytesIO(picture))
-        turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
-    size, reduction = image.size, 1
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    size, reduction, turned = image.size, 1, orientation != 1
     if fast and not turned:  # a turned picture is decoded whole: its reduced rows start elsewhere
         (x0, y0, x1, y1), (left, top, right, bottom) = geometry.source, geometry.target
         wanted = _reduction((x1 - x0) / (right - left), (y1 - y0) / (bottom - top))
         if image.draft("RGB", (size[0] // wanted, size[1] // wanted)) is not None:
             reduction = wanted
     if turned:
-        image = ImageOps.exif_transpose(image)
+        if (turn := _TURNS.get(orientation)) is not None:
+            image = image.transpose(turn)  # not exif_transpose: that also rewrites the other tags
         size = image.size
     if size != (geometry.width, geometry.height):
         expected = f"{geometry.width}x{geometry.height}"

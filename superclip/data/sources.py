@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -143,21 +144,38 @@ def open_source(spec: str, num: int | None = None, seed: int = 0, held_out: bool
     return Shards(spec)
 
 
+def _names(spec: str) -> set[str]:
+    """What a name stands for, however it is spelled: a split of its kind, or files."""
+    kind, _, rest = spec.partition(":")
+    if kind == "coco":
+        root, _, split = rest.partition(":")
+        return {f"coco:{Path(root).resolve()}:{(split or 'train').removesuffix('2017')}"}
+    if kind in KINDS:
+        return {f"{kind}:{rest or 'train'}"}
+    from superclip.data.shards import expand, is_stream
+
+    return {spec} if is_stream(spec) else {str(path.resolve()) for path in expand(spec)}
+
+
 def held_out_spec(train_data: str) -> str:
-    """The held-out data that belongs to training data; of several, to the first that has any.
+    """The held-out data that belongs to training data; of several, to the first that has any which
+    none of them is.
 
     Raises:
         UserError: if none is known.
     """
     if "::" in train_data:
-        for part in train_data.split("::"):
-            try:
-                return held_out_spec(part)
-            except UserError:
-                continue
+        parts = train_data.split("::")
+        trained = set().union(*map(_names, parts))
+        for part in parts:
+            with contextlib.suppress(UserError):
+                if not _names(found := held_out_spec(part)) & trained:
+                    return found
         raise UserError(f"no source of {train_data!r} has held-out data; name some with --val-data")
     kind, _, rest = train_data.partition(":")
     if kind == "scenes":
+        if rest == "val":
+            raise UserError("scenes:val is trained on here; name held-out data with --val-data")
         return "scenes:val"
     if kind == "coco":
         from superclip.data.coco import held_out_split

@@ -137,12 +137,21 @@ class Evaluation:
             return data.train_data
         return data.val_data or held_out_spec(data.train_data)
 
+    def _trained_on(self, checkpoint: Checkpoint) -> int | None:
+        """With `--split train` of the run's own data, how many pictures it saw; None for all."""
+        own = self.config.split == "train" and self.config.val_data is None
+        config = checkpoint.config
+        return config.data.train_num_samples if own and config is not None else None
+
     def _retrieval(self, checkpoint: Checkpoint) -> Prepared:
         config, spec = self.config, self._pictures(checkpoint)
         if spec is None:
             raise UserError("plain weights know no data; name pictures with --val-data")
         scenes, seed = is_scenes(spec), self._data_seed(checkpoint)
-        num = config.num or (SCENES if scenes else None)
+        seen = self._trained_on(checkpoint)
+        num = config.num or (min(SCENES, seen or SCENES) if scenes else seen)
+        if seen is not None and num is not None and num > seen:
+            raise UserError(f"--num {num}: the run was trained on the first {seen} pictures alone")
         held_out = config.split == "val"
         source = self._open(open_source, spec, num if scenes else None, seed, held_out)
         if num is not None and num > source.num_images:
@@ -270,7 +279,9 @@ def seeds_of_one_recipe(checkpoints: Sequence[Checkpoint], flag: str) -> None:
                 f"{flag}: {other.path} and {checkpoint.path} have the same seed; give one "
                 "checkpoint a seed (seeds are the outer level of the comparison)"
             )
-        changed = [d for d in differences(first.config, checkpoint.config) if d[:5] != "seed:"]
+        found = differences(first.config, checkpoint.config)
+        own = "seed", "init_from"  # a second stage begins with its seed's first
+        changed = [d for d in found if d.partition(":")[0] not in own]
         if changed or checkpoint.epoch != first.epoch:
             what = changed[0] if changed else f"epoch: {first.epoch} -> {checkpoint.epoch}"
             raise UserError(

@@ -158,10 +158,17 @@ def load_pretrained(
     return tag
 
 
+RESIZE_MODES = {"crop": "shortest", "squash": "squash", "pad": "longest"}
+"""How a picture becomes square, and open_clip's word for it."""
+
+
 def preprocess_for(
-    config: dict[str, Any], mode: str, tag: dict[str, Any] | None = None
+    config: dict[str, Any], mode: str | None, tag: dict[str, Any] | None = None
 ) -> Preprocess:
     """Size from the tower, mean and std from the tag or OpenAI's.
+
+    Args:
+        mode: how a picture becomes square; None: as the tag says, else by a central crop.
 
     Raises:
         UserError: for a tower whose input is not square.
@@ -177,7 +184,21 @@ def preprocess_for(
     tag = tag or {}
     mean = tuple(tag.get("mean") or open_clip.OPENAI_DATASET_MEAN)
     std = tuple(tag.get("std") or open_clip.OPENAI_DATASET_STD)
+    own = {theirs: ours for ours, theirs in RESIZE_MODES.items()}
+    mode = mode or own[tag.get("resize_mode") or "shortest"]
     return Preprocess(size, mode, mean, std)  # pyright: ignore[reportArgumentType]
+
+
+def unlike_published(preprocess: Preprocess, tag: dict[str, Any] | None) -> str | None:
+    """What a tag says of its pictures that `preprocess` does not do; None where nothing is."""
+    tag = tag or {}
+    wanted, resizing = tag.get("resize_mode") or "shortest", tag.get("interpolation") or "bicubic"
+    if RESIZE_MODES[preprocess.mode] != wanted:
+        mode = next(ours for ours, theirs in RESIZE_MODES.items() if theirs == wanted)
+        return f"the weights saw pictures that were made square by --resize {mode}"
+    if resizing != "bicubic":
+        return f"the weights saw {resizing} resizing; here it is bicubic"
+    return None
 
 
 def tokenizer(config: dict[str, Any]) -> Any:
@@ -195,6 +216,14 @@ def tokenizer(config: dict[str, Any]) -> Any:
             **text.get("tokenizer_kwargs", {}),
         )
     return open_clip.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs", {}))
+
+
+def vocabulary_size(config: dict[str, Any], tokenize: Any) -> int:
+    """Ids of a configuration's text tower."""
+    stated = config["text_cfg"].get("vocab_size")
+    if stated is None and "hf_tokenizer_name" in config["text_cfg"]:
+        return len(tokenize.tokenizer)
+    return stated or 49408
 
 
 def special_ids(tokenize: Any) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from superclip.model.factory import (
     load_pretrained,
     model_config,
     preprocess_for,
+    unlike_published,
 )
 from superclip.model.superclip import SuperCLIP, TokenHead
 
@@ -265,7 +267,9 @@ def load_plain(model: str, pretrained: str | None = None, path: Path | None = No
     clip = build_clip(config)
     tag = load_pretrained(clip, model, config, pretrained or str(path))
     refuse_nonfinite(clip.state_dict(), path or f"{model} {pretrained}")
-    preprocess = preprocess_for(config, "crop", tag)
+    preprocess = preprocess_for(config, None, tag)
+    if odd := unlike_published(preprocess, tag):
+        print(f"warning: {odd}", file=sys.stderr)
     return Checkpoint(
         path or Path(f"{model}-{pretrained}"),
         state_sha256(clip.state_dict()),

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
 
 from superclip.ops.world import World
+
+
+@contextlib.contextmanager
+def fixed_statistics(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside the block leave the running statistics of batch norm as they are; what
+    is normalised by, does not change."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in norms if m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def share_statistics(model: nn.Module, world: World) -> None:

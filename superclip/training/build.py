@@ -36,6 +36,8 @@ from superclip.model.factory import (
     special_ids,
     text_parts,
     tokenizer,
+    unlike_published,
+    vocabulary_size,
 )
 from superclip.model.grid import grid_width
 from superclip.model.masking import mask_patches
@@ -111,9 +113,11 @@ def build_run(
     if reduction is not None and reduction.kind != "resize":
         mask_patches(clip, reduction, config.seed)
     preprocess = preprocess_for(architecture, data.resize, tag)
+    if world.is_main and (odd := unlike_published(preprocess, tag)):
+        print(f"note: {odd}", flush=True)
     bpe = tokenizer(architecture)
     tokenize = tokenizer_for(bpe)
-    vocabulary = architecture["text_cfg"].get("vocab_size", 49408)
+    vocabulary = vocabulary_size(architecture, bpe)
     shorten = _text_reduction(config, bpe, source)
     reads = tokenize, shorten
     head = _token_head(config, clip, architecture, vocabulary, source, order.num_rows, *reads)

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,9 @@ from superclip.data.stream import Stream
 from superclip.errors import UserError, replace_text
 from superclip.model.weights import begun_from, damage_of, file_sha256
 from superclip.training.state import Run
+
+WRITTEN = re.compile(r"((epoch|step)_\d+|final_epoch|best|nonfinite_step_\d+_rank_\d+)\.pt")
+"""Names of the files of weights that a run writes."""
 
 
 def claim_directory(config: TrainConfig[Any]) -> bool:
@@ -31,6 +35,7 @@ def claim_directory(config: TrainConfig[Any]) -> bool:
     record = out / "run.json"
     if record.exists():
         if config.overwrite:
+            _refuse_own_start(config)
             return False  # the old run goes once the new one is known to be buildable
         try:
             held = json.loads(record.read_text())
@@ -71,13 +76,34 @@ def claim_directory(config: TrainConfig[Any]) -> bool:
     return False
 
 
+def _refuse_own_start(config: TrainConfig[Any]) -> None:
+    """Raises UserError if `--overwrite` would delete the weights that the new run begins with."""
+    model = config.model
+    for flag, start in (("--init-from", model.init_from), ("--pretrained", model.pretrained)):
+        path = Path(start or "")
+        path = begun_from(path) if flag == "--init-from" and start and path.exists() else path
+        own = path.resolve().parent == config.out.resolve() and WRITTEN.fullmatch(path.name)
+        if start and own:
+            raise UserError(
+                f"{flag} {start} lies in --out {config.out}, which --overwrite would clear; use "
+                "another --out"
+            )
+
+
+_HELD: dict[Path, int] = {}
+"""Locks of this process."""
+
+
 def _lock(out: Path) -> None:
     """Keep other processes off this run until this one ends, however it ends.
 
     Raises:
         UserError: if another process trains here.
     """
-    descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
+    if (earlier := _HELD.pop(out.resolve(), None)) is not None:  # of a run that ended in here
+        os.close(earlier)
+    descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
+    _HELD[out.resolve()] = descriptor
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,7 +117,7 @@ def _remove_run(out: Path) -> None:
     if not (out / "run.json").exists():
         return
     for path in [
-        *out.glob("*.pt"),
+        *(p for p in out.glob("*.pt") if WRITTEN.fullmatch(p.name)),
         *out.glob("eval_*.json"),
         *(out / n for n in ("run.json", "metrics.jsonl")),
     ]:

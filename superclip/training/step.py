@@ -13,6 +13,7 @@ from superclip.losses import Terms
 from superclip.model.output import ClipOutput
 from superclip.ops.phases import phase
 from superclip.ops.precision import attention_kernel, autocast
+from superclip.ops.statistics import fixed_statistics
 from superclip.training.optim import set_learning_rates
 from superclip.training.shares import TermGradients
 from superclip.training.state import Run, TrainState
@@ -49,7 +50,10 @@ def _gradients(state: TrainState, batch: Batch, run: Run) -> tuple[Terms, dict[s
     tower = TermGradients(state.model.clip.visual.parameters()) if measured else None
 
     state.loss.observe(batch, world)
-    with phase("forward"), torch.no_grad() if several else contextlib.nullcontext():
+    with phase("forward"), contextlib.ExitStack() as first:
+        if several:  # each micro-batch passes again, with a graph
+            first.enter_context(torch.no_grad())
+            first.enter_context(fixed_statistics(state.model))
         outs = [_forward(state, micro, k, run) for k, micro in enumerate(micros)]
     with phase("loss"):
         image, text = (

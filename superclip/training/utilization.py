@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from superclip.model.superclip import SuperCLIP
+from superclip.ops.statistics import fixed_statistics
 from superclip.training.state import Run
 
 DENSE_16_BIT_TFLOPS = {
@@ -44,17 +45,17 @@ def flops(run: Run, model: SuperCLIP) -> tuple[float, float] | None:
 def pair_flops(model: SuperCLIP, size: int, length: int) -> float:
     """Operations that one picture of `size` pixels with a text of `length` tokens costs, forward
     and backward (twice the forward); a multiplication and an addition count as two."""
-    device = model.mean.device
-    images = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-    tokens = torch.zeros(1, length, dtype=torch.long, device=device)
+    device = model.mean.device  # a pair of pairs: batch norm refuses a single value
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
+    tokens = torch.zeros(2, length, dtype=torch.long, device=device)
     training = model.training
     model.train()  # in evaluation torch's fused attention hides its operations from the counter
     try:
         model.choose_patches(tokens[:, 0], 0)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with fixed_statistics(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.encode_image(images)
             model.encode_text(tokens)
     finally:
         model.train(training)
     head = 0 if model.token_head is None else 2 * model.token_head.linear.weight.numel()
-    return 3.0 * (counter.get_total_flops() + head)
+    return 3.0 * (counter.get_total_flops() / 2 + head)

@@ -18,6 +18,7 @@ from superclip.data.coco import (
     held_out_split,
 )
 from superclip.data.geometry import BadPicture
+from superclip.data.sources import held_out_spec
 from superclip.errors import UserError
 
 REAL = Path(os.environ.get("SUPERCLIP_REAL_DATA", Path(__file__).parents[3] / "shared/data"))
@@ -110,6 +111,17 @@ def test_an_unsplit_set_has_one_split_called_all(tmp_path):
         CocoFolder(root, "train")
     with pytest.raises(UserError, match="no held-out split"):
         held_out_split(root, "all")
+
+
+def test_pictures_that_are_trained_on_are_not_held_out(tmp_path):
+    root = write(tmp_path)
+    assert held_out_split(root, "train") == "val"
+    for trained in ("val", "val2017"):  # two names of one file
+        with pytest.raises(UserError, match="no held-out split"):
+            held_out_split(root, trained)
+    spec = f"coco:{root}"
+    assert held_out_spec(f"{spec}:train::scenes") == f"{spec}:val"
+    assert held_out_spec(f"{spec}:train::{spec}/:val2017::scenes") == "scenes:val"
 
 
 def test_limit_keeps_the_first_rows(tmp_path):

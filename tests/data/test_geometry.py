@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,22 @@ def test_exif_orientation_is_applied(orientation, fast):
     geometry = plan(*upright.size, 24, "crop")
     expected = render(np.asarray(upright), geometry).astype(int)
     assert np.abs(render(picture, geometry, fast) - expected).max() <= (16 if fast else 0)
+
+
+def test_a_turned_picture_is_read_whatever_its_other_tags_hold():
+    """Orientation 6, and an XResolution that is text: no picture is lost by what it isn't asked."""
+
+    def entry(tag, kind, count, value):
+        return struct.pack("<HHI", tag, kind, count) + value
+
+    tags = entry(0x0112, 3, 1, struct.pack("<HH", 6, 0)) + entry(0x011A, 2, 3, b"72\0\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + struct.pack("<I", 0)
+    pixels = Image.fromarray(noise(96, 64))
+    picture = encoded(pixels, "JPEG", exif=exif, quality=95)
+    stored = Image.open(io.BytesIO(encoded(pixels, "JPEG", quality=95)))
+    upright = np.asarray(stored.transpose(Image.Transpose.ROTATE_270))
+    geometry = plan(*upright.shape[1::-1], 24, "crop")
+    assert (render(picture, geometry) == render(upright, geometry)).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16"])

@@ -93,6 +93,9 @@ def test_held_out_data_is_that_of_the_first_source_that_has_any(two):
     with pytest.raises(UserError, match=r"no source of .* has held-out data; .*--val-data"):
         held_out_spec("::".join(two))
     assert held_out_spec("::".join([*two, "scenes"])) == "scenes:val"
+    for trained in ("scenes:val", "scenes:val::scenes", "scenes::scenes:val"):
+        with pytest.raises(UserError, match="--val-data"):  # it is trained on
+            held_out_spec(trained)
     with pytest.raises(UserError, match=r"nobody knows .*; name data with --val-data"):
         held_out_spec("pipe:cat x.tar")
 

@@ -1,3 +1,4 @@
+import copy
 import os
 import pickle
 import shutil
@@ -5,13 +6,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
+from torch.nn import BatchNorm2d
 
 from superclip.errors import UserError
 from superclip.model.factory import (
+    RESIZE_MODES,
     activation_name,
     build_clip,
     load_pretrained,
@@ -19,6 +23,8 @@ from superclip.model.factory import (
     preprocess_for,
     special_ids,
     tokenizer,
+    unlike_published,
+    vocabulary_size,
 )
 from superclip.model.superclip import SuperCLIP, TokenHead
 from superclip.model.weights import (
@@ -146,6 +152,40 @@ def test_unknown_names_get_the_nearest():
 def test_preprocessing_defaults_are_openais():
     found = preprocess_for(model_config("scenes-vit"), "squash")
     assert (found.size, found.mode, found.mean) == (80, "squash", open_clip.OPENAI_DATASET_MEAN)
+
+
+@pytest.mark.parametrize("ours", ["crop", "squash", "pad"])
+def test_published_weights_see_pictures_as_they_did(ours):
+    config, tag = model_config("scenes-vit"), {"resize_mode": RESIZE_MODES[ours]}
+    found = preprocess_for(config, None, tag)
+    assert found.mode == ours and unlike_published(found, tag) is None
+    bilinear = unlike_published(found, tag | {"interpolation": "bilinear"})
+    assert bilinear is not None and "bilinear" in bilinear
+    other = "squash" if ours == "crop" else "crop"
+    told = unlike_published(preprocess_for(config, other, tag), tag)
+    assert told is not None and f"--resize {ours}" in told
+    assert preprocess_for(config, None).mode == "crop"
+    assert unlike_published(preprocess_for(config, None), None) is None
+
+
+def test_a_hugging_face_vocabulary_is_its_tokenizers():
+    config = {"text_cfg": {"hf_tokenizer_name": "some/encoder"}}
+    assert vocabulary_size(config, SimpleNamespace(tokenizer=range(250_002))) == 250_002
+    assert vocabulary_size({"text_cfg": {"vocab_size": 7}}, None) == 7
+    assert vocabulary_size({"text_cfg": {}}, None) == 49_408
+
+
+def test_counting_operations_leaves_running_statistics_alone():
+    """Also where the last map is a single value, which batch norm refuses to train on."""
+    config = model_config("scenes-vit")
+    for size in (64, 32):
+        vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": size, "patch_size": None}
+        clip = build_clip({**config, "vision_cfg": vision})
+        model = SuperCLIP(clip, MEAN, STD).train()
+        before = copy.deepcopy(model.state_dict())
+        assert pair_flops(model, size, config["text_cfg"]["context_length"]) > 1e6
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        assert all(m.track_running_stats for m in model.modules() if isinstance(m, BatchNorm2d))
 
 
 def test_checkpoint_opens_in_plain_open_clip(tiny_run, inputs, tmp_path):

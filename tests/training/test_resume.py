@@ -73,7 +73,11 @@ def test_overwrite_starts_anew(undisturbed, tmp_path):
     for name in ("run.json", "final_epoch.pt", "metrics.jsonl"):
         (out / name).write_bytes((undisturbed / name).read_bytes())
     (out / "notes.txt").write_text("mine")
+    (out / "ViT-B-32-openai.pt").write_text("mine")
+    line = refused(*WORDS.split(), "--out", str(out), "--init-from", str(out), "--overwrite")
+    assert "--init-from" in line and "lies in --out" in line and (out / "final_epoch.pt").exists()
     train(out, "--lr", "1e-3", "--overwrite")
+    assert (out / "ViT-B-32-openai.pt").read_text() == "mine"
     assert json.loads((out / "run.json").read_text())["config"]["optim"]["lr"] == 1e-3
     assert (out / "notes.txt").read_text() == "mine"
 

@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -65,6 +66,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(built, batch):
             torch.testing.assert_close(found[name], terms[name], rtol=1e-5, atol=1e-6)
         for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_running_statistics_move_once_a_micro_batch(tmp_path, batch):
+    """Each passes twice, without and with a graph."""
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "rn.json").write_text(json.dumps(config))
+    values = VALUES | {"loss": "clip", "model": str(tmp_path / "rn.json"), "head_vocab": None}
+    values = {k: v for k, v in values.items() if v is not None} | {"out": str(tmp_path / "run")}
+    built = build_run(train_config(values), World(), [])
+    small = replace(batch, images=batch.images[..., :64, :64])
+    counted = {
+        accum: stepped(built, small, accum)[0].model.clip.visual.bn1.num_batches_tracked
+        for accum in (1, 2, 3)
+    }
+    assert counted == {1: 1, 2: 2, 3: 3}
 
 
 def test_first_step_is_the_autograd_gradient_of_the_summed_terms(built, batch):
