@@ -10,12 +10,16 @@ from torch import nn
 from superclip.ops.world import World
 
 
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Its layers of batch norm."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextlib.contextmanager
 def fixed_statistics(model: nn.Module) -> Iterator[None]:
     """Forward passes inside the block leave the running statistics of batch norm as they are; what
     is normalised by, does not change."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.track_running_stats]
+    norms = [m for m in batch_norms(model) if m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -31,8 +35,7 @@ def share_statistics(model: nn.Module, world: World) -> None:
     Training never reads them, so the ranks' drift apart; an evaluation that all ranks share, and
     the checkpoint that the main rank writes, must mean one model.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and world.size > 1:
-            for statistic in (module.running_mean, module.running_var):
-                if statistic is not None:
-                    world.sum(statistic if world.is_main else statistic.zero_())
+    for norm in batch_norms(model) if world.size > 1 else ():
+        for statistic in (norm.running_mean, norm.running_var):
+            if statistic is not None:
+                world.sum(statistic if world.is_main else statistic.zero_())

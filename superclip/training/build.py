@@ -52,6 +52,7 @@ from superclip.model.weights import (
 )
 from superclip.ops.precision import concrete_precision
 from superclip.ops.reducer import GradientReducer
+from superclip.ops.statistics import batch_norms
 from superclip.ops.world import World
 from superclip.training.evaluators import Evaluator, Retrieval
 from superclip.training.folder import commit, move_in
@@ -153,6 +154,13 @@ def build_run(
         "device": _device_name(world.device),
         "compile": config.model.compile,
     }
+    if batch_norms(clip):
+        facts["micro_batch"] = plan.micro_batch  # what it normalises over
+        if config.model.grad_checkpointing:
+            raise UserError(
+                f"--grad-checkpointing passes pictures twice, which moves the statistics of "
+                f"{config.model.model}'s batch norm twice; leave it out (--accum-freq saves memory)"
+            )
     if config.model.init_from is not None:
         facts["init_from_sha256"] = file_sha256(begun_from(config.model.init_from))
     if shorten is not None and shorten.kind == "syntax":

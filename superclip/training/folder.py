@@ -154,7 +154,15 @@ def _write_record(run: Run, argv: list[str]) -> None:
     path = run.directory / "run.json"
     if path.exists():
         old = json.loads(path.read_text())
-        for name in ("world_size", "threads", "versions", "device", "compile", "tagger"):
+        for name in (
+            "world_size",
+            "threads",
+            "versions",
+            "device",
+            "compile",
+            "tagger",
+            "micro_batch",
+        ):
             if name in old and old[name] != record[name]:
                 print(
                     f"warning: {name} was {old.get(name)}, is {record[name]}: not bit-equal to an "

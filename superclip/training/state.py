@@ -71,7 +71,7 @@ class TrainState:
         substituted: unreadable pictures replaced so far, over all ranks, by cause.
         nonfinite: updates left out because a loss or a gradient was not finite.
         norms: 0-d tensors measured in the last step; not part of a checkpoint.
-        finite: whether the last step's gradient was, or a loss scale is being sought; not part of a
+        finite: whether the last step's gradient was, or a loss scale above 1 sought; not part of a
             checkpoint.
     """
 

@@ -133,8 +133,9 @@ def _update(state: TrainState, run: Run) -> None:
         for name, part in parts.items()
     }
     finite = all(bool(norm.isfinite()) for norm in state.norms.values())
-    scaling = state.scaler.is_enabled()  # it meets infinite ones by design, and lowers its scale
-    state.finite = finite or scaling
+    scaling = state.scaler.is_enabled()
+    # A large loss scale makes infinite gradients by design, and falls; at 1 they are the model's.
+    state.finite = finite or (scaling and state.scaler.get_scale() > 1)
     before = _copies(parts) if run.plan.logs_at(state.step + 1) else None
     if finite or scaling:
         state.scaler.step(state.optimizer)

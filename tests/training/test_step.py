@@ -74,9 +74,12 @@ def test_running_statistics_move_once_a_micro_batch(tmp_path, batch):
     vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
     config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
     (tmp_path / "rn.json").write_text(json.dumps(config))
-    values = VALUES | {"loss": "clip", "model": str(tmp_path / "rn.json"), "head_vocab": None}
-    values = {k: v for k, v in values.items() if v is not None} | {"out": str(tmp_path / "run")}
+    values = {k: v for k, v in VALUES.items() if k != "head_vocab"} | {"loss": "clip"}
+    values |= {"model": str(tmp_path / "rn.json"), "out": str(tmp_path / "run")}
     built = build_run(train_config(values), World(), [])
+    assert built[0].facts["micro_batch"] == 12  # another one is said on resuming
+    with pytest.raises(UserError, match=r"--grad-checkpointing .* batch norm"):
+        build_run(train_config(values | {"grad_checkpointing": True}), World(), [])
     small = replace(batch, images=batch.images[..., :64, :64])
     counted = {
         accum: stepped(built, small, accum)[0].model.clip.visual.bn1.num_batches_tracked
@@ -161,6 +164,11 @@ def test_a_loss_scale_that_is_too_large_is_halved_and_no_failure(built, batch):
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     train_step(state, batch, run)
     assert state.finite and state.scaler.get_scale() == 2.0**126
+    state.loss = Poisoned()  # which no loss scale cures
+    for scale, sought in ((2.0, True), (1.0, False)):
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        train_step(state, batch, run)
+        assert state.finite == sought
     assert all(torch.equal(a, before[n]) for n, a in state.model.state_dict().items())
 
 
