@@ -158,8 +158,8 @@ def build_run(
         facts["micro_batch"] = plan.micro_batch  # what it normalises over
         if config.model.grad_checkpointing:
             raise UserError(
-                f"--grad-checkpointing passes pictures twice, which moves the statistics of "
-                f"{config.model.model}'s batch norm twice; leave it out (--accum-freq saves memory)"
+                "--grad-checkpointing passes pictures twice, which moves the statistics of this "
+                "model's batch norm twice; leave it out (--accum-freq saves memory)"
             )
     if config.model.init_from is not None:
         facts["init_from_sha256"] = file_sha256(begun_from(config.model.init_from))
