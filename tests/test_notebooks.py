@@ -72,6 +72,7 @@ def by_shell(notebook, folder):
     return "\n".join(shown["texts"]), shown["data"]
 
 
+@pytest.mark.slow
 def test_attention_maps(tmp_path, monkeypatch):
     ran = Ran("01", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=SUPERCLIP)
     assert ran.pictures == 5 and ran.widgets == 1  # a shell shows the slider's picture itself
@@ -92,6 +93,7 @@ def test_sweep_and_statistics(tmp_path, monkeypatch):
     assert f"discovery: {passed} of 16 heads significant at .05 (max-T, 199" in ran.text
 
 
+@pytest.mark.slow
 def test_superclip_beside_clip(tmp_path, monkeypatch):
     ran = Ran("04", tmp_path, monkeypatch, by_shell, **QUICK, TRAIN=TRAIN, UNTRAINED=1)
     assert "heads matched by" in ran.text

@@ -78,7 +78,7 @@ def test_the_example_of_the_paper_by_the_rule():
     assert (found == naive_ids("an orange cat is sitting ledge", 8)).all()
 
 
-@pytest.mark.parametrize("length", [5, 8, 16])
+@pytest.mark.parametrize("length", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 def test_syntax_on_200_captions(length):
     """Hand-tagged sentences, and scenes by their grammar, against the rule word by word."""
     scenes = [Scenes("train", 300).read(row) for row in range(300)]
