@@ -149,6 +149,7 @@ def test_flat_names_do_not_collide():
         ("--loss neuclip --npn-repetition 0 --npn-lr 0.1", "takes none of its steps"),
         ("--loss clip --optimizer sgd --beta1 0.5", "nothing that --optimizer sgd reads"),
         ("--loss clip --optimizer lion --eps 1e-8", "nothing that --optimizer lion reads"),
+        ("--lr-min 1e-3", "--lr-min 0.001 is above --lr 0.0005"),
     ],
 )
 def test_mistakes_become_one_line(words, said):

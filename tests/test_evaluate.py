@@ -160,6 +160,15 @@ def test_nothing_is_measured_before_everything_is_known(tiny_run, capsys):
         EvalConfig(ckpt=(Path(),))
 
 
+def test_the_training_data_itself_is_what_the_run_saw(tiny_run, tmp_path):
+    own = {"ckpt": (tiny_run / "final_epoch.pt",), "tasks": ("retrieval",), "split": "train"}
+    own |= {"bootstrap": 100, "out": tmp_path / "seen.json"}
+    [found] = evaluate(EvalConfig(**own))["results"]
+    assert found["rows"][0]["pictures"] == 256  # of 115 200 that scenes could make
+    with pytest.raises(UserError, match=r"--num 300: .* first 256 pictures"):
+        evaluate(EvalConfig(**own | {"num": 300, "out": tmp_path / "more.json"}))
+
+
 def test_idle_options_of_data_with_a_size_of_their_own(tiny_run, tmp_path):
     for name in "ab":
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -1,3 +1,4 @@
+import fcntl
 import json
 
 import pytest
@@ -6,6 +7,7 @@ from conftest import command, refused
 
 from superclip.data.scenes import Scenes
 from superclip.data.shard_writer import write_shards
+from superclip.training.folder import _lock
 from superclip.training.tracking import PACE
 
 WORDS = "superclip.train --train-num-samples 256 --batch-size 32 --head-vocab seen --log-every 1"
@@ -80,6 +82,13 @@ def test_overwrite_starts_anew(undisturbed, tmp_path):
     assert (out / "ViT-B-32-openai.pt").read_text() == "mine"
     assert json.loads((out / "run.json").read_text())["config"]["optim"]["lr"] == 1e-3
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_second_run_of_one_process_finds_its_folder_free(tmp_path):
+    for _ in range(2):
+        _lock(tmp_path)
+    with (tmp_path / ".lock").open("w") as handle, pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and another's is not
 
 
 def test_the_run_is_recorded(undisturbed):
