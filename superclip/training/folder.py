@@ -163,9 +163,9 @@ def _write_record(run: Run, argv: list[str]) -> None:
             "tagger",
             "micro_batch",
         ):
-            if name in old and old[name] != record[name]:
+            if name in old and old[name] != record.get(name):
                 print(
-                    f"warning: {name} was {old.get(name)}, is {record[name]}: not bit-equal to an "
+                    f"warning: {name} was {old[name]}, is {record.get(name)}: not bit-equal to an "
                     "undisturbed run"
                 )
         record["command"] = old["command"]
